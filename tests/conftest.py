@@ -1,0 +1,32 @@
+"""Options and checks for the whole test suite."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Shapes in public signatures are checked in tests. The hook must come before the first import.
+for package in ("udiff.nn", "udiff.diffusion", "udiff.samplers", "udiff.autoencoders"):
+    install_import_hook(package, "beartype.beartype")
+install_import_hook("udiff.models", "beartype.beartype")
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+KEPT_CASES = Path(__file__).parent / "golden" / "cases"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        type=Path,
+        default=KEPT_CASES,
+        help="folder of reference vectors: a system's (named after it), or a parent of several",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Equal results and equal speed, however many tests run beside each other."""
+    torch.set_num_threads(1)

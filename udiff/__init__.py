@@ -1,0 +1,1 @@
+"""Image-text data from raw web shards to a served diffusion model."""

@@ -1,0 +1,141 @@
+"""KL autoencoders (arXiv 2112.10752): an adapter over diffusers' `AutoencoderKL`."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class Moments(NamedTuple):
+    """Diagonal normal distribution of raw (not normalized) latents."""
+
+    mean: Float[Tensor, "batch channels height width"]
+    logvar: Float[Tensor, "batch channels height width"]
+
+    def sample(
+        self, noise: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Place standard normal noise into the distribution."""
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self) -> Float[Tensor, ""]:
+        """Compute the divergence from the standard normal, averaged over the latent's elements."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).mean()
+
+
+class Reconstruction(NamedTuple):
+    """What an autoencoder makes of pixels."""
+
+    pixels: Float[Tensor, "batch 3 height width"]
+    moments: Moments
+
+
+class KLAutoencoder(nn.Module):
+    """Encode pixels in [-1, 1] to normalized latents, and back.
+
+    A normalized latent is (raw - shift) * scale, channel by channel: diffusers' scaling and shift
+    factors, or per-channel statistics where they are known.
+    """
+
+    def __init__(self, model: "AutoencoderKL") -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        mean, std = config.latents_mean, config.latents_std
+        if mean is None or std is None:
+            mean, std = config.shift_factor or 0.0, 1 / config.scaling_factor
+        self.register_buffer("latent_mean", _per_channel(mean, config.latent_channels), False)
+        self.register_buffer("latent_std", _per_channel(std, config.latent_channels), False)
+
+    def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Normalize by these statistics of each channel from now on."""
+        channels = self.model.config.latent_channels
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise ValueError(
+                    f"autoencoder.{name} has {len(values)} values, the autoencoder {channels} channels"
+                )
+        self.latent_mean.copy_(_per_channel(mean, channels))
+        self.latent_std.copy_(_per_channel(std, channels))
+
+    @property
+    def downscale(self) -> int:
+        """Pixels along one side of a latent element."""
+        return 2 ** (len(self.model.config.block_out_channels) - 1)
+
+    def forward(
+        self,
+        pixels: Float[Tensor, "batch 3 height width"],
+        noise: Float[Tensor, "batch channels h w"],
+    ) -> Reconstruction:
+        """Encode, sample with the given noise, decode (training goes through here)."""
+        moments = self.encode_moments(pixels)
+        return Reconstruction(self._decode_raw(moments.sample(noise)), moments)
+
+    def encode_moments(self, pixels: Float[Tensor, "batch 3 height width"]) -> Moments:
+        """Encode to the distribution of raw latents."""
+        posterior = self.model.encode(pixels).latent_dist
+        return Moments(posterior.mean, posterior.logvar.clamp(*LOGVAR_RANGE))
+
+    def normalize(
+        self, raw: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Bring raw latents to the scale that denoisers learn at."""
+        return (raw - self.latent_mean) / self.latent_std
+
+    def decode(
+        self, latent: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch 3 h w"]:
+        """Decode normalized latents to pixels, nominally in [-1, 1]."""
+        return self._decode_raw(latent * self.latent_std + self.latent_mean)
+
+    def fingerprint(self) -> str:
+        """Hash what encoding depends on: configuration and weights."""
+        config = {name: self.model.config[name] for name in _IDENTITY_KEYS}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _decode_raw(self, raw: Tensor) -> Tensor:
+        return self.model.decode(raw).sample
+
+
+_IDENTITY_KEYS = (
+    "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
+    "layers_per_block", "act_fn", "latent_channels", "norm_num_groups", "use_quant_conv",
+    "use_post_quant_conv", "mid_block_add_attention",
+)  # fmt: skip
+
+
+def load_diffusers_autoencoder(path: str) -> KLAutoencoder:
+    """Load a hub id or a local folder of diffusers (an autoencoder's, or a pipeline's with `vae/`).
+
+    Raises:
+        FileNotFoundError: there is no such folder, and no such model on the hub.
+    """
+    from diffusers import AutoencoderKL
+
+    subfolder = "vae" if (Path(path) / "vae" / "config.json").exists() else None
+    try:
+        model = AutoencoderKL.from_pretrained(path, subfolder=subfolder, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"autoencoder.path {path!r} is neither a bundle, nor a local diffusers folder with "
+            "config.json and safetensors weights, nor a model of the hub that can be reached"
+        ) from error
+    return KLAutoencoder(model).eval().requires_grad_(False)
+
+
+def _per_channel(value: float | list[float] | tuple[float, ...], channels: int) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32).expand(channels).clone().view(-1, 1, 1)

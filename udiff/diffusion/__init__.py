@@ -1,0 +1,1 @@
+"""Objectives and the algebra they are composed of."""

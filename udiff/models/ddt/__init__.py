@@ -1,0 +1,1 @@
+"""DDT: Decoupled Diffusion Transformer (arXiv 2504.05741)."""

@@ -1,0 +1,1 @@
+"""KL autoencoder trained on reconstruction and KL alone (arXiv 2112.10752)."""

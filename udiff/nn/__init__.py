@@ -1,0 +1,1 @@
+"""Leaf layers that more than one network uses with identical numerics."""

@@ -1,0 +1,210 @@
+"""The plain records that families, trainer, evaluator and server share.
+
+A family's recipe builds a `System`; nothing above this module knows anything else of a family.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from udiff.settings import (
+    AutoencoderSettings,
+    DataSettings,
+    EmaSettings,
+    OptimizerSettings,
+    Settings,
+    TrainSettings,
+)
+
+Batch = Mapping[str, Tensor]
+Draws = dict[str, Tensor]
+"""Random choices of one step. A draw's first axis is the batch; a draw without axes is shared."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a step minimizes, and the terms that make it up (for the log)."""
+
+    total: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Prediction(NamedTuple):
+    """What a denoiser returns."""
+
+    output: Tensor
+    """Velocity, noise or data, shaped like its input."""
+    feature: Tensor | None = None
+    """Tokens after the block that was asked for, for alignment."""
+    state: Tensor | None = None
+    """What an encoder found, to be given back at a later call."""
+
+
+# ---------------------------------------------------------------- randomness
+
+
+@dataclass(frozen=True)
+class LocalRng:
+    """Per-sample draws: made for the whole global batch, of which a rank takes its rows.
+
+    So the number of ranks does not change them. Rank r of n holds the rows r, r + n, r + 2n, ...
+    """
+
+    generator: torch.Generator
+    rank: int
+    world_size: int
+
+    def normal(self, num_rows: int, *shape: int) -> Tensor:
+        """Draw standard normals for the `num_rows` samples of this rank."""
+        size = (num_rows * self.world_size, *shape)
+        return self._own(torch.randn(size, generator=self.generator, device=self.generator.device))
+
+    def uniform(self, num_rows: int, *shape: int) -> Tensor:
+        """Draw from [0, 1) for the `num_rows` samples of this rank."""
+        size = (num_rows * self.world_size, *shape)
+        return self._own(torch.rand(size, generator=self.generator, device=self.generator.device))
+
+    def _own(self, rows: Tensor) -> Tensor:
+        return rows[self.rank :: self.world_size]
+
+
+@dataclass(frozen=True)
+class StepRng:
+    """Generators of one step: `shared` decides which code runs, `local` what each sample gets."""
+
+    shared: torch.Generator
+    local: LocalRng
+
+
+@dataclass(frozen=True)
+class Rng:
+    """Every random number of a run, as a function of (seed, step, phase): resuming needs no state."""
+
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (a device is immutable)
+
+    def at(self, step: int, *, phase: int = 0) -> StepRng:
+        """Make the generators of one step."""
+        shared = self._generator(torch.device("cpu"), step, phase, 0)
+        local = self._generator(self.device, step, phase, 1)
+        return StepRng(shared, LocalRng(local, self.rank, self.world_size))
+
+    def _generator(self, device: torch.device, *position: int) -> torch.Generator:
+        words = np.random.SeedSequence([self.seed, *position]).generate_state(1, np.uint64)
+        return torch.Generator(device).manual_seed(int(words[0]) >> 1)
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimizer update of a step: which modules learn, from which draws and which loss."""
+
+    name: str
+    modules: tuple[str, ...]
+    draw: Callable[[Batch, StepRng], Draws]
+    loss: Callable[[Batch, Draws], Losses]
+    optimizer: OptimizerSettings
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class Query:
+    """A sampler's question: the network's answer at `x`, one sample without a batch axis."""
+
+    x: Tensor
+    t: float
+    """As the network takes it: a time (0 = noise, 1 = data), or a DDPM timestep."""
+
+
+Steps = Generator[Query, Tensor, Tensor]
+"""A sampler under way: yields queries, is sent the guided answers, returns the sample."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance, uncond + w (cond - uncond), as data."""
+
+    scale: float = 1.0
+    """w; 1 is no guidance."""
+    interval: tuple[float, float] | None = None
+    """Times strictly between which guidance is on; always where there is none."""
+    channels: int | None = None
+    """Guide only this many channels, the first; the others stay conditional."""
+    schedule: Callable[[float], float] | None = None
+    """w as a function of the query's time, in place of `scale`."""
+
+    def scale_at(self, t: float) -> float:
+        """Return w at a time; 1 outside the interval."""
+        if self.interval and not self.interval[0] < t < self.interval[1]:
+            return 1.0
+        return self.schedule(t) if self.schedule else self.scale
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One picture (or text) being sampled: the sampler and what its network calls are given."""
+
+    steps: Steps
+    conditions: Mapping[str, Tensor]
+    """Without a batch axis."""
+    null_conditions: Mapping[str, Tensor]
+    guidance: Guidance
+
+
+class StartSampling(Protocol):
+    """Begin one sample from a validated request."""
+
+    def __call__(self, request: Any, *, device: torch.device) -> Sampling: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing that a user can ask of a system."""
+
+    name: str
+    request: type[BaseModel]
+    start: StartSampling
+    network: nn.Module
+
+
+# ---------------------------------------------------------------- the whole
+
+
+@dataclass(frozen=True)
+class System:
+    """A model as the trainer, the evaluator and the server see it."""
+
+    modules: Mapping[str, nn.Module]
+    phases: tuple[Phase, ...]
+    columns: tuple[str, ...]
+    """Columns of the cache that training reads."""
+    shard_units: tuple[nn.Module, ...] = ()
+    """Blocks that FSDP shards, and that `torch.compile` compiles, one by one."""
+    ema_modules: tuple[str, ...] = ()
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+
+
+class FamilyRecipe(Settings):
+    """What every family's recipe holds; a family adds its network, objective and sampling."""
+
+    family: str
+    train: TrainSettings
+    data: DataSettings = DataSettings()
+    ema: EmaSettings | None = None
+    autoencoder: AutoencoderSettings | None = None
+    """For families that learn on latents."""
+
+    def build(self) -> System:
+        """Make the system with freshly initialized weights."""
+        raise TypeError(f"family {self.family} does not say how to build its system")

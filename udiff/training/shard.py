@@ -1,0 +1,40 @@
+"""Spread modules over the ranks."""
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch import nn
+
+from udiff.settings import TrainSettings
+from udiff.system import System
+from udiff.training.run import Run
+
+
+def shard(system: System, settings: TrainSettings, run: Run) -> None:
+    """Move a system to the run's device and shard it with FSDP2, in place.
+
+    Weights and gradients are kept in float32; `precision: bf16` computes in bfloat16. Inputs are
+    not cast (a time of 0.9987 would become 1): networks cast what they embed.
+    """
+    mesh = init_device_mesh(run.device.type, (run.world_size,))
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if settings.precision == "bf16":
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    for module in system.modules.values():
+        module.to(run.device)
+    for unit in system.shard_units:
+        if settings.compile:
+            unit.compile()
+        if settings.shard == "blocks":
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for module in system.modules.values():
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def set_gradient_sync(modules: list[nn.Module], needed: bool) -> None:
+    """Reduce gradients over the ranks at the next backward pass, or only add them up."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(needed)
