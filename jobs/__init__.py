@@ -1,0 +1,1 @@
+"""What Ray starts: `python -m jobs.<verb>`."""

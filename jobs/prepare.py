@@ -1,0 +1,138 @@
+"""Make the caches that training reads.
+
+    python -m jobs.prepare pictures --input SHARDS --output PICTURES --size 256
+    python -m jobs.prepare latents --input PICTURES --output LATENTS --autoencoder VAE
+
+Killed at any moment and started again with the same arguments, it goes on where it was.
+Exit status: 0 done, 1 some units failed (start again to retry them), 2 wrong arguments or input.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jobs.cluster import connect
+from jobs.console import run_job
+from pipelines.latents import LatentsSettings, make_latents, plan_latents
+from pipelines.pictures import PicturesSettings, make_pictures, plan_pictures
+from pipelines.schedule import FailedUnitsError, PrepareReport
+from udiff.settings import Settings
+
+
+def prepare_pictures(settings: PicturesSettings) -> PrepareReport:
+    """Make, or finish, a cache of pictures, on the running Ray or one of its own."""
+    plan = plan_pictures(settings)
+    connect()
+    return make_pictures(settings, plan)
+
+
+def prepare_latents(settings: LatentsSettings) -> PrepareReport:
+    """Make, or finish, a cache of latents, on the running Ray or one of its own."""
+    plan = plan_latents(settings)
+    connect()
+    return make_latents(settings, plan)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and make the cache."""
+    options = vars(_parser().parse_args(arguments))
+
+    def job() -> None:
+        if options.pop("kind") == "latents":
+            _print(prepare_latents(LatentsSettings(**options)))
+        else:
+            names = _class_names(options.pop("class_names"))
+            _print(prepare_pictures(PicturesSettings(**options, class_names=names)))
+
+    return run_job(job, failures=(FailedUnitsError,))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{pictures,latents}")
+    _add_pictures(_command(kinds, "pictures", "web shards -> square pictures"))
+    _add_latents(_command(kinds, "latents", "pictures -> latents of an autoencoder"))
+    return parser
+
+
+def _command(kinds: Any, name: str, about: str) -> argparse.ArgumentParser:
+    return kinds.add_parser(
+        name,
+        help=about,
+        description=about,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
+    add = _adder(parser, PicturesSettings)
+    add("input", "folder or bucket URI of the shards (*.tar with *_stats.json)")
+    add("output", "folder or bucket URI of the cache")
+    add("size", "side of the square in pixels", type=int)
+    add("fit", "crop scales and cuts, pad puts black around", choices=["crop", "pad"])
+    add("captions", "whether a picture needs one", choices=["required", "optional"])
+    parser.add_argument(
+        "--class-names", help="JSON list of the names of the labels, in their order"
+    )
+    add("min-side", "shortest side of a picture that is taken, in pixels", type=int)
+    add("max-pixels", "most pixels of a picture that is decoded", type=int)
+    add("unit-rows", "samples done in one go", type=int)
+    add("row-group-size", "rows of a parquet row group", type=int)
+    add("workers", "processes; None for as many as there are CPUs", type=int)
+
+
+def _add_latents(parser: argparse.ArgumentParser) -> None:
+    add = _adder(parser, LatentsSettings)
+    add("input", "folder or bucket URI of a pictures cache")
+    add("output", "folder or bucket URI of the cache")
+    add("autoencoder", "hub id, diffusers folder, or bundle")
+    add("batch-size", "pictures per network call", type=int)
+    add("precision", "of the network", choices=["fp32", "bf16"])
+    add("row-group-size", "rows of a parquet row group", type=int)
+    add("threads", "CPU threads of a worker", type=int)
+    add("gpus", "GPUs of a worker; 0 encodes on the CPU", type=float)
+    add("workers", "processes; None for as many as the cluster has room for", type=int)
+
+
+def _adder(parser: argparse.ArgumentParser, settings: type[Settings]) -> Any:
+    """Give a function that adds an option with the default of the setting of its name."""
+
+    def add(option: str, about: str, **how: Any) -> None:
+        field = settings.model_fields[option.replace("-", "_")]
+        if field.is_required():
+            parser.add_argument(
+                f"--{option}", required=True, default=argparse.SUPPRESS, help=about, **how
+            )
+        else:
+            parser.add_argument(f"--{option}", default=field.default, help=about, **how)
+
+    return add
+
+
+def _class_names(path: str | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    names = json.loads(Path(path).read_text())
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+        raise ValueError(f"--class-names {path} must hold a JSON list of names")
+    return tuple(names)
+
+
+def _print(report: PrepareReport) -> None:
+    manifest = report.manifest
+    rejected = ", ".join(f"{count} {reason}" for reason, count in manifest.rejected.items())
+    print(
+        f"{manifest.images_in} pictures in, {manifest.num_rows} cached in {len(manifest.files)} "
+        f"files, {sum(manifest.rejected.values())} rejected ({rejected or 'none'}); "
+        f"{report.units_done} units in {report.wall_s:.1f} s, {report.images_per_s:.0f} pictures/s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""Runs a chain over its units with Ray Data: one actor carries a unit the whole way.
+
+Units, not pictures, go through Ray. A unit that fails does not stop the others; what is missing at
+the end is found by comparing the units wanted with those committed.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+from ray.util.annotations import RayDeprecationWarning
+from ray.util.metrics import Counter, Gauge
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipelines.rows import stable_text
+from pipelines.shards import Unit
+from udiff.data.manifest import (
+    Manifest,
+    Plan,
+    UnitEntry,
+    committed_units,
+    finish,
+    is_committed,
+)
+from udiff.data.storage import Folder
+
+Result = TypeVar("Result")
+
+_MAX_RETRIES = 2  # Ray Data's own default is for ever
+_UNLIMITED = -1
+
+
+class Chain(Protocol):
+    """All stages of a cache, in one object that lives in an actor."""
+
+    def __call__(self, unit: Unit) -> UnitEntry:
+        """Carry a unit from its source to its commit."""
+        ...
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The actors that run a chain."""
+
+    count: int | None
+    """None takes as many as the cluster has room for."""
+    cpus: int = 1
+    gpus: float = 0
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """A finished cache, and how fast this run was (the manifest holds nothing that varies)."""
+
+    manifest: Manifest
+    units_done: int
+    """Units that this run made; the others were there."""
+    images_per_s: float
+    """From the start of the first unit to the end of the last; 0 where none was left to do."""
+    wall_s: float
+
+
+class FailedUnitsError(RuntimeError):
+    """Units are missing after all others were tried; they are tried again by the next run."""
+
+
+def run_units(
+    make_chain: Callable[[], Chain],
+    units: Sequence[Unit],
+    *,
+    folder: Folder,
+    plan: Plan,
+    workers: Workers,
+) -> PrepareReport:
+    """Run the units that are not committed yet, then fold the manifest.
+
+    Raises:
+        ValueError: the cluster has too few CPUs or GPUs for the workers.
+        FailedUnitsError: units wanted and units committed differ; names them and why.
+    """
+    started = time.perf_counter()
+    done = committed_units(folder)
+    missing = [unit for unit in units if unit.name not in done]
+    arguments = (make_chain, folder, plan.kind)
+    reports = _run(arguments, missing, workers) if missing else []
+    if failed := {unit.name for unit in missing} - committed_units(folder):
+        raise FailedUnitsError(_describe(failed, reports, len(units)))
+    manifest = finish(folder, plan, [unit.name for unit in units])
+    wall_s = time.perf_counter() - started
+    return PrepareReport(manifest, len(missing), _speed(reports), wall_s)
+
+
+def run_tasks(
+    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]]
+) -> list[Result]:
+    """Call a function with each of the arguments, in a task of its own; results in order."""
+    task = ray.remote(max_retries=_MAX_RETRIES)(function)
+    try:
+        return ray.get([task.remote(*each) for each in arguments])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+class _Worker:
+    """What Ray Data calls: a chain in its actor, which reports instead of raising."""
+
+    def __init__(self, make_chain: Callable[[], Chain], folder: Folder, stage: str) -> None:
+        self._make_chain = make_chain
+        self._folder = folder
+        self._stage = stage
+        # Made here: a metric belongs to the process that counts.
+        self._rows = Counter("udiff_rows", tag_keys=("stage", "result"))
+        self._speed = Gauge("udiff_images_per_s", tag_keys=("stage",))
+
+    @cached_property
+    def _chain(self) -> Chain:
+        """Made with the first unit, whose report then says why it could not be made."""
+        return self._make_chain()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        unit = Unit(**{name: column.tolist()[0] for name, column in batch.items()})
+        started, error = time.time(), ""
+        try:
+            chain, started = self._chain, time.time()
+            # Workers of a killed job live on for a while, and may have finished it meanwhile.
+            if not is_committed(self._folder, unit.name):
+                self._count(chain(unit), time.time() - started)
+        except Exception as failure:  # Ray Data would give up all the other units
+            error = f"{type(failure).__name__}: {stable_text(failure)}"
+        report = _Report(unit.name, unit.num_samples, started, time.time(), error)
+        return {name: [value] for name, value in asdict(report).items()}
+
+    def _count(self, entry: UnitEntry, seconds: float) -> None:
+        cached = entry.file.rows if entry.file else 0
+        for result, rows in (("cached", cached), ("rejected", entry.images_in - cached)):
+            if rows:
+                self._rows.inc(rows, {"stage": self._stage, "result": result})
+        self._speed.set(entry.images_in / seconds, {"stage": self._stage})
+
+
+@dataclass(frozen=True)
+class _Report:
+    unit: str
+    images: int
+    started: float
+    ended: float
+    error: str
+
+
+def _run(arguments: tuple[Any, ...], units: Sequence[Unit], workers: Workers) -> list[_Report]:
+    num_actors = min(_pool_size(workers), len(units))
+    with DataContext.current(_quiet_context()), warnings.catch_warnings():
+        # Ray 2.60 means to drop these arguments, and has nothing yet that bounds retries.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        rows = (
+            ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=len(units))
+            .map_batches(
+                _Worker,
+                fn_constructor_args=arguments,
+                batch_size=1,
+                batch_format="numpy",
+                # One in flight: a unit that is queued on an actor that dies would be dropped.
+                compute=ActorPoolStrategy(size=num_actors, max_tasks_in_flight_per_actor=1),
+                num_cpus=workers.cpus,
+                num_gpus=workers.gpus,
+                max_task_retries=_MAX_RETRIES,
+                max_restarts=_UNLIMITED,
+            )
+            .iter_rows()
+        )
+        return _follow(rows, sum(unit.num_samples for unit in units))
+
+
+def _quiet_context() -> DataContext:
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = _UNLIMITED
+    return context
+
+
+def _follow(rows: Iterable[dict[str, Any]], num_images: int) -> list[_Report]:
+    """Collect the reports of the units as they come, under a bar that counts pictures."""
+    reports = []
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:.0f} pictures/s"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    with bar:
+        task = bar.add_task("pictures", total=num_images, speed=0.0)
+        for row in rows:
+            reports.append(_Report(**row))
+            bar.update(task, advance=row["images"], speed=_speed(reports))
+    return reports
+
+
+def _speed(reports: Sequence[_Report]) -> float:
+    if not reports:
+        return 0.0
+    seconds = max(report.ended for report in reports) - min(report.started for report in reports)
+    return sum(report.images for report in reports if not report.error) / max(seconds, 1e-9)
+
+
+def _pool_size(workers: Workers) -> int:
+    """Give the number of actors, which must all fit: Ray Data waits for room in silence."""
+    there = ray.cluster_resources()
+    room = int(there.get("CPU", 0) // workers.cpus)
+    if workers.gpus:
+        room = min(room, int(there.get("GPU", 0) // workers.gpus))
+    count = room if workers.count is None else workers.count
+    if not 0 < count <= room:
+        raise ValueError(
+            f"{count or 1} workers of {workers.cpus} CPU and {workers.gpus:g} GPU each, but the "
+            f"cluster has {there.get('CPU', 0):g} CPU and {there.get('GPU', 0):g} GPU: "
+            "lower --workers or --threads"
+        )
+    return count
+
+
+def _describe(failed: set[str], reports: Sequence[_Report], num_units: int) -> str:
+    errors = {report.unit: report.error for report in reports if report.error}
+    named = [f"{unit} ({errors.get(unit, 'its process died')})" for unit in sorted(failed)]
+    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+    return (
+        f"{len(failed)} of {num_units} units failed: {'; '.join(named[:5])}{more}. "
+        "The others are kept; run the same command again to retry"
+    )

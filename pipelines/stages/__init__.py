@@ -1,0 +1,1 @@
+"""Stages: plain functions of a row, which refuse a row by raising `Refusal`."""

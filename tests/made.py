@@ -1,0 +1,76 @@
+"""Small caches and bundles for tests, written by the code that writes real ones."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipelines.rows import Rows
+from pipelines.shards import Unit
+from pipelines.stages.write import WriteUnit
+from udiff.bundle import load_autoencoder, save_bundle
+from udiff.data.manifest import Manifest, Plan, finish, start_plan
+from udiff.data.schema import latents_schema
+from udiff.data.storage import open_folder
+from udiff.recipe import load_recipe
+from udiff.system import FamilyRecipe
+
+LATENT = (4, 8, 8)
+
+
+def save_random_bundle(path: Path, recipe: FamilyRecipe, *, seed: int) -> None:
+    """Save a bundle whose every weight is random: layers that start at zero would hide mistakes."""
+    torch.manual_seed(seed)
+    modules = nn.ModuleDict(recipe.build().modules)
+    for parameter in modules.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    save_bundle(path, recipe, modules.state_dict(), about="random weights, for tests\n")
+
+
+def save_autoencoder(path: Path, *, seed: int = 1) -> None:
+    """Save a bundle of the debug autoencoder."""
+    save_random_bundle(path, load_recipe("kl_autoencoder/debug"), seed=seed)
+
+
+def write_latents(
+    path: Path, *, autoencoder: Path, rows: int = 400, rows_per_file: int = 150, seed: int = 0
+) -> Manifest:
+    """Write a cache of random latents, whose class shows in their mean."""
+    draw = np.random.default_rng(seed)
+    folder = open_folder(path)
+    plan = Plan(
+        kind="latents",
+        identity={"latent": {"autoencoder": load_autoencoder(str(autoencoder)).fingerprint()}},
+        options={},
+        inputs={"seed": seed, "rows": rows},
+        shapes={"latent_mean": LATENT, "latent_logvar": LATENT},
+        class_names=tuple(f"class {k}" for k in range(10)),
+    )
+    start_plan(folder, plan)
+    write = WriteUnit(
+        folder, schema=latents_schema(LATENT), plan=plan.fingerprint, row_group_size=64
+    )
+    names = []
+    for start in range(0, rows, rows_per_file):
+        count = min(rows_per_file, rows - start)
+        unit = Unit(f"{start:05d}", "made", num_samples=count)
+        write(unit, Rows(kept=[_latent_row(start + k, draw) for k in range(count)]))
+        names.append(unit.name)
+    return finish(folder, plan, names)
+
+
+def _latent_row(key: int, draw: np.random.Generator) -> dict:
+    label = key % 10
+    mean = draw.normal(label / 5 - 1, 1, LATENT).astype(np.float16)
+    return {
+        "key": f"{key:09d}",
+        "label": label,
+        "caption": f"a picture of class {label}",
+        "width": 32,
+        "height": 32,
+        "source": "made",
+        "latent_mean": mean,
+        "latent_logvar": np.full(LATENT, -4, np.float16),
+    }

@@ -1,0 +1,116 @@
+"""Folders on a local disk or in a bucket, through pyarrow: nothing half-written is ever visible."""
+
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs
+
+_TEMPORARY_SUFFIX = ".tmp"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder and the filesystem that it is on; small enough to be sent to every actor."""
+
+    filesystem: fs.FileSystem
+    path: str
+    options: str = ""
+    """Query of the URI it was opened by."""
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(self.filesystem, f"{self.path}/{name}", self.options)
+
+    def __str__(self) -> str:
+        """Give the absolute path, or the URI without credentials; `open_folder` takes both."""
+        if self._is_local:
+            return self.path
+        scheme = {"gcs": "gs"}.get(self.filesystem.type_name, self.filesystem.type_name)
+        return f"{scheme}://{self.path}{self.options and '?'}{self.options}"
+
+    @property
+    def _is_local(self) -> bool:
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def exists(self, name: str = "") -> bool:
+        """Tell whether there is a file or folder `name` in here, or this folder itself."""
+        info = self.filesystem.get_file_info(f"{self.path}/{name}".rstrip("/"))
+        return info.type != fs.FileType.NotFound
+
+    def names(self) -> tuple[str, ...]:
+        """List the files of this folder by name, in order; none where it does not exist."""
+        return tuple(name for name in self._all_names() if not _is_temporary(name))
+
+    def _all_names(self) -> list[str]:
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        return sorted(info.base_name for info in infos if info.type == fs.FileType.File)
+
+    def open(self, name: str) -> pa.NativeFile:
+        """Open a file for reading at any place."""
+        return self.filesystem.open_input_file(f"{self.path}/{name}")
+
+    def read(self, name: str) -> bytes:
+        """Read a whole file."""
+        with self.open(name) as file:
+            return file.read()
+
+    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Write a whole file, which then has its new content or, after any failure, its old one."""
+        if self._is_local:
+            _replace_local(Path(self.path, name), data)
+            return
+        # A stream that fails half-way publishes what it has, so everything goes in one call.
+        with self.filesystem.open_output_stream(f"{self.path}/{name}") as stream:
+            stream.write(data)
+
+    def remove_temporaries(self) -> None:
+        """Delete what killed writers left here.
+
+        Only for a folder in which everything wanted is written: a writer whose file vanishes under
+        it fails.
+        """
+        for name in filter(_is_temporary, self._all_names()):
+            self.filesystem.delete_file(f"{self.path}/{name}")
+
+
+def open_folder(location: str | Path) -> Folder:
+    """Open a local path, or the URI of a bucket (`s3://`, `gs://`), which need not exist yet.
+
+    Options go into the URI's query, as pyarrow reads them:
+    `s3://bucket/cache?endpoint_override=127.0.0.1:9000&scheme=http`.
+    """
+    if "://" in str(location):
+        filesystem, path = fs.FileSystem.from_uri(str(location))
+        return Folder(filesystem, path.rstrip("/"), str(location).partition("?")[2])
+    return Folder(fs.LocalFileSystem(), str(Path(location).expanduser().absolute()))
+
+
+def _replace_local(path: Path, data: bytes | pa.Buffer) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Workers of a killed job live on for a while, so two processes may write the same file.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(_TEMPORARY_SUFFIX)
