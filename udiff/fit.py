@@ -1,0 +1,68 @@
+"""Train a resolved recipe, in one process of however many: what `jobs.train` runs on each worker.
+
+    from udiff.fit import fit
+    with local_run() as run:
+        fit(resolve(load_recipe("ddt/debug")), folder=Path("runs/ddt"), run=run)
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from udiff.bundle import save_bundle
+from udiff.data.stream import Stream
+from udiff.resolve import Resolved
+from udiff.system import Batch, FamilyRecipe
+from udiff.training.run import Run
+from udiff.training.trainer import Trained, train
+
+BUNDLE = "bundle"
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a finished run is judged by."""
+
+    bundle: str
+    num_steps: int
+    images_per_s: float
+
+
+def fit(resolved: Resolved, *, folder: Path, run: Run) -> FitReport:
+    """Train to the end of the recipe, from the newest checkpoint in `folder`; write the bundle."""
+    recipe = resolved.recipe
+    torch.manual_seed(recipe.train.seed)  # the same weights on every rank, and for any number of them
+    system = recipe.build()
+    stream = Stream(resolved.cache, resolved.manifest, system.columns, recipe.data)
+
+    def batches(first_step: int) -> Generator[Batch, None, None]:
+        return stream.batches(
+            first_step,
+            batch_size=recipe.train.batch_size,
+            seed=recipe.train.seed,
+            rank=run.rank,
+            world_size=run.world_size,
+        )
+
+    trained = train(system, batches, recipe.train, ema=recipe.ema, folder=folder, run=run)
+    if run.rank == 0:
+        save_bundle(folder / BUNDLE, recipe, trained.weights, about=_about(recipe, trained))
+    dist.barrier()
+    return FitReport(str(folder / BUNDLE), trained.num_steps, trained.images_per_s)
+
+
+def _about(recipe: FamilyRecipe, trained: Trained) -> str:
+    parameters = sum(tensor.numel() for tensor in trained.weights.values())
+    return (
+        f"# {recipe.family}\n\n"
+        f"{parameters:,} parameters, trained for {trained.num_steps:,} steps of "
+        f"{recipe.train.batch_size} ({trained.num_steps * recipe.train.batch_size:,} samples) on "
+        f"`{recipe.data.cache}`.\n\n"
+        "- `weights.safetensors`: the weights (averaged where the recipe asks for it).\n"
+        "- `recipe.yaml`: every key of the run, resolved.\n\n"
+        "Sample from it with `python -m jobs.sample --bundle .`, serve it with "
+        "`python -m jobs.serve --bundle .`.\n"
+    )

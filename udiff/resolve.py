@@ -1,0 +1,84 @@
+"""Bring a recipe and its cache together: refuse a cache of another make, fill in what it knows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from udiff.autoencoders.kl import KLAutoencoder
+from udiff.bundle import load_autoencoder
+from udiff.data.manifest import Manifest, identity_difference, read_manifest
+from udiff.data.storage import Folder, open_folder
+from udiff.recipe import update_recipe
+from udiff.settings import AutoencoderSettings
+from udiff.system import FamilyRecipe
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe with nothing left open, and the cache that it trains on."""
+
+    recipe: FamilyRecipe
+    cache: Folder
+    manifest: Manifest
+
+
+def resolve(recipe: FamilyRecipe) -> Resolved:
+    """Open the recipe's cache, check that it fits, and fill in class names and latent statistics.
+
+    Raises:
+        FileNotFoundError: there is no cache, or no autoencoder.
+        ValueError: no cache is named; it was made by another autoencoder, or has other shapes.
+    """
+    if recipe.data.cache is None:
+        raise ValueError("data.cache is not set: name the folder that jobs.prepare wrote")
+    cache = open_folder(recipe.data.cache)
+    manifest = read_manifest(cache)
+    changes: dict[str, Any] = {
+        "data": {"class_names": recipe.data.class_names or manifest.class_names}
+    }
+    if recipe.autoencoder is not None:
+        autoencoder = load_autoencoder(recipe.autoencoder.path)
+        _check_autoencoder(autoencoder, recipe.autoencoder, manifest, cache)
+        changes["autoencoder"] = _statistics(autoencoder, recipe.autoencoder, manifest)
+        _check_latent_shape(recipe, manifest, cache)
+    return Resolved(update_recipe(recipe, changes), cache, manifest)
+
+
+def _check_autoencoder(
+    autoencoder: KLAutoencoder, settings: AutoencoderSettings, manifest: Manifest, cache: Folder
+) -> None:
+    if manifest.kind != "latents":
+        raise ValueError(
+            f"data.cache {cache} holds {manifest.kind}; this family learns on latents: make them "
+            "with `python -m jobs.prepare latents`"
+        )
+    wanted = {"autoencoder": autoencoder.fingerprint()}
+    made_by = {"autoencoder": manifest.identity["latent"].get("autoencoder")}
+    if differences := identity_difference(wanted, made_by):
+        raise ValueError(
+            f"data.cache {cache} was made by another autoencoder than autoencoder.path "
+            f"{settings.path}: {'; '.join(differences)}"
+        )
+
+
+def _statistics(
+    autoencoder: KLAutoencoder, settings: AutoencoderSettings, manifest: Manifest
+) -> dict[str, tuple[float, ...]]:
+    if settings.mean is not None and settings.std is not None:
+        return {"mean": settings.mean, "std": settings.std}
+    if settings.normalization == "channels":
+        if manifest.latent_statistics is None:
+            raise ValueError("the cache is empty: it has no latent statistics")
+        found = manifest.latent_statistics
+        return {"mean": found.mean, "std": found.std}
+    mean, std = autoencoder.latent_mean.flatten(), autoencoder.latent_std.flatten()
+    return {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())}
+
+
+def _check_latent_shape(recipe: FamilyRecipe, manifest: Manifest, cache: Folder) -> None:
+    latent = recipe.model_dump().get("latent")
+    found = manifest.shapes["latent_mean"]
+    if latent and found != (latent["channels"], latent["height"], latent["width"]):
+        raise ValueError(
+            f"data.cache {cache} holds latents of shape {found}, the recipe's latent is "
+            f"{latent['channels']} x {latent['height']} x {latent['width']}"
+        )
