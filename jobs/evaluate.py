@@ -24,8 +24,8 @@ from jobs.sample import label_names
 from pipelines.features import extract_features
 from pipelines.generate import generate_pictures
 from udiff.autoencoders.pixels import to_pixels
-from udiff.data.read import read_column
 from udiff.data.manifest import read_manifest
+from udiff.data.read import read_column
 from udiff.data.storage import open_folder
 from udiff.evaluation.frechet import Projection, frechet_distance, principal_components
 from udiff.generate import PictureGenerator
@@ -47,7 +47,7 @@ class Evaluation:
     num_pictures: int
 
 
-def evaluate(  # noqa: PLR0913
+def evaluate(
     bundle: str,
     *,
     reference: str,

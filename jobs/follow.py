@@ -1,4 +1,4 @@
-"""Show a training run's progress from its own log, which any machine that sees the folder can read."""
+"""Show a training run's progress from its log, which any machine that sees the folder can read."""
 
 import threading
 from collections.abc import Iterator

@@ -15,8 +15,9 @@ import matplotlib.pyplot as plt
 from udiff.training.log import read_metrics
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>udiff demo</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+<html lang="en"><head><meta charset="utf-8"><title>udiff demo</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto }}
 table {{ border-collapse: collapse }} td, th {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd;
 text-align: left }} td:last-child {{ text-align: right; font-variant-numeric: tabular-nums }}
 img {{ max-width: 100% }}

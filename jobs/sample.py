@@ -1,6 +1,6 @@
 """Sample pictures from a bundle and write them as a labelled grid.
 
-    python -m jobs.sample --bundle runs/demo/ddt/bundle --out samples.png --per-label 8
+python -m jobs.sample --bundle runs/demo/ddt/bundle --out samples.png --per-label 8
 """
 
 import argparse

@@ -38,9 +38,9 @@ def serve_bundle(args: Args, *, host: str, port: int) -> None:
     check_bundle(args.bundle)
     _check_port(host, port)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with _serving(args, host=host, port=port):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         print(_ready_message(f"http://{host}:{port}"), flush=True)
         stop.wait()
 
@@ -52,8 +52,8 @@ def _serving(args: Args, *, host: str, port: int) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     connect()
+    serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
     try:
-        serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
         _check_listening(host, port)
         serve.run(build_application(args), name=APP_NAME, logging_config=quiet)
         yield

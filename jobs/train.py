@@ -67,16 +67,15 @@ def train_recipe(
 def _fit_on_cluster(
     recipe: FamilyRecipe, folder: Path, workers: int, gpus: bool, max_failures: int
 ) -> FitReport:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
+    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     trainer = TorchTrainer(
         _work,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "folder": str(folder)},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
-        # A name of its own: Ray silently continues a run of the same name. The run is ours to resume.
+        # A name of its own: Ray silently continues a run of that name, and resuming is ours.
         run_config=RunConfig(
             name=uuid.uuid4().hex,
             storage_path=str(folder / ".ray"),
@@ -85,7 +84,7 @@ def _fit_on_cluster(
         ),
     )
     try:
-        result = trainer.fit()
+        result: Any = trainer.fit()
     except TrainingFailedError as error:
         raise TrainingError(f"training failed: {_cause(error)}") from error
     return FitReport(**result.return_value)

@@ -35,7 +35,13 @@ def save_autoencoder(path: Path, *, seed: int = 1) -> None:
 
 
 def write_latents(
-    path: Path, *, autoencoder: Path, rows: int = 400, rows_per_file: int = 150, seed: int = 0
+    path: Path,
+    *,
+    autoencoder: Path,
+    rows: int = 400,
+    rows_per_file: int = 150,
+    row_group_size: int = 64,
+    seed: int = 0,
 ) -> Manifest:
     """Write a cache of random latents, whose class shows in their mean."""
     draw = np.random.default_rng(seed)
@@ -50,7 +56,7 @@ def write_latents(
     )
     start_plan(folder, plan)
     write = WriteUnit(
-        folder, schema=latents_schema(LATENT), plan=plan.fingerprint, row_group_size=64
+        folder, schema=latents_schema(LATENT), plan=plan.fingerprint, row_group_size=row_group_size
     )
     names = []
     for start in range(0, rows, rows_per_file):

@@ -1,7 +1,8 @@
 """Bundles: what is sampled, served, exported and imported.
 
-A bundle is a folder: `weights.safetensors` (keys `<module>.<parameter>`), `recipe.yaml`, `README.md`,
-and for families that learn on latents `autoencoder/`, a bundle or a diffusers folder of its own.
+A bundle is a folder: `weights.safetensors` (keys `<module>.<parameter>`), `recipe.yaml`,
+`README.md`, and for families that learn on latents `autoencoder/`, a bundle or a diffusers folder
+of its own.
 """
 
 import os
@@ -112,7 +113,7 @@ def load_latent_decoder(recipe: FamilyRecipe) -> KLAutoencoder:
         raise ValueError(f"family {recipe.family} learns on pixels; it has no autoencoder")
     autoencoder = load_autoencoder(settings.path)
     if settings.mean is not None and settings.std is not None:
-        autoencoder.set_statistics(settings.mean, settings.std)
+        autoencoder.set_statistics(*settings.statistics(len(settings.mean)))
     return autoencoder
 
 

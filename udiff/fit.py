@@ -1,8 +1,8 @@
 """Train a resolved recipe, in one process of however many: what `jobs.train` runs on each worker.
 
-    from udiff.fit import fit
-    with local_run() as run:
-        fit(resolve(load_recipe("ddt/debug")), folder=Path("runs/ddt"), run=run)
+from udiff.fit import fit
+with local_run() as run:
+    fit(resolve(load_recipe("ddt/debug")), folder=Path("runs/ddt"), run=run)
 """
 
 from collections.abc import Generator
@@ -34,7 +34,7 @@ class FitReport:
 def fit(resolved: Resolved, *, folder: Path, run: Run) -> FitReport:
     """Train to the end of the recipe, from the newest checkpoint in `folder`; write the bundle."""
     recipe = resolved.recipe
-    torch.manual_seed(recipe.train.seed)  # the same weights on every rank, and for any number of them
+    torch.manual_seed(recipe.train.seed)  # the same weights on every rank, however many
     system = recipe.build()
     stream = Stream(resolved.cache, resolved.manifest, system.columns, recipe.data)
 

@@ -25,7 +25,11 @@ def test_every_job_in_the_readme_has_help():
     assert {"jobs.prepare", "jobs.train", "jobs.sample", "jobs.evaluate", "jobs.serve"} <= modules
     for module in sorted(modules):
         done = subprocess.run(
-            [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "-m", module, "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         assert "usage:" in done.stdout

@@ -173,9 +173,7 @@ def test_train_is_submitted_and_shows_its_loss(cluster, tmp_path):
         "network={dim: 64, num_heads: 2, num_blocks: 3, num_encoder_blocks: 2}",
         wait=False,
     )  # fmt: skip
-    found = cluster.wait_for(
-        "ray_udiff_train_loss", "ray_udiff_train_images_per_s", timeout_s=120
-    )
+    found = cluster.wait_for("ray_udiff_train_loss", "ray_udiff_train_images_per_s", timeout_s=120)
     assert 0 < found["ray_udiff_train_loss"] < 10
     assert job.wait() == 0, job.stdout.read()
     assert (tmp_path / "run" / "bundle" / "weights.safetensors").exists()

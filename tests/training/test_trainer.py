@@ -16,7 +16,7 @@ from udiff.fit import fit
 from udiff.recipe import load_recipe
 from udiff.resolve import resolve
 from udiff.system import FamilyRecipe
-from udiff.training.log import read_metrics
+from udiff.training.log import FolderLock, read_metrics
 from udiff.training.run import local_run
 
 STEPS = 12
@@ -148,8 +148,6 @@ def test_a_second_job_in_the_same_folder_is_refused(made, tmp_path):
     [process] = start(recipe, tmp_path)
     while not losses(tmp_path):
         time.sleep(0.01)
-    from udiff.training.log import FolderLock
-
     with pytest.raises(TimeoutError, match="another job is training into"):
         FolderLock(tmp_path, timeout_s=0.3)
     process.kill()
@@ -165,6 +163,6 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused(made, tmp_path):
     recipe = debug_recipe(made, "train.batch_size=33", "train.accumulate=2")
-    with pytest.raises(ValueError, match=r"train.batch_size must be a multiple .* = 2, got 33"):
-        with local_run() as run:
-            fit(resolve(recipe), folder=tmp_path, run=run)
+    message = r"train.batch_size must be a multiple .* = 2, got 33"
+    with local_run() as run, pytest.raises(ValueError, match=message):
+        fit(resolve(recipe), folder=tmp_path, run=run)

@@ -3,14 +3,11 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -46,7 +43,11 @@ class KLAutoencoder(nn.Module):
     factors, or per-channel statistics where they are known.
     """
 
-    def __init__(self, model: "AutoencoderKL") -> None:
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, model: Any) -> None:
+        """Wrap a diffusers `AutoencoderKL`, which has no types."""
         super().__init__()
         self.model = model
         config = model.config
@@ -62,7 +63,8 @@ class KLAutoencoder(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != channels:
                 raise ValueError(
-                    f"autoencoder.{name} has {len(values)} values, the autoencoder {channels} channels"
+                    f"autoencoder.{name} has {len(values)} values, the autoencoder has {channels} "
+                    "channels"
                 )
         self.latent_mean.copy_(_per_channel(mean, channels))
         self.latent_std.copy_(_per_channel(std, channels))
@@ -128,7 +130,9 @@ def load_diffusers_autoencoder(path: str) -> KLAutoencoder:
 
     subfolder = "vae" if (Path(path) / "vae" / "config.json").exists() else None
     try:
-        model = AutoencoderKL.from_pretrained(path, subfolder=subfolder, use_safetensors=True)
+        model = AutoencoderKL.from_pretrained(
+            path, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False
+        )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"autoencoder.path {path!r} is neither a bundle, nor a local diffusers folder with "

@@ -1,7 +1,7 @@
 """Training on cached moments: every visit of a picture samples its latent anew."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from udiff.autoencoders.kl import Moments
 from udiff.system import Batch, Draws, Losses, StepRng
 
 
+@runtime_checkable
 class LatentObjective(Protocol):
     """An objective that reads `batch["latent"]`."""
 

@@ -1,7 +1,7 @@
 """The order of training samples: a pure function of (seed, epoch, position).
 
-An epoch shuffles its row groups, and then the rows inside windows of a few row groups; the result is
-cut into lanes, which a batch draws from in turn. So a batch mixes rows of distant places, a rank
+An epoch shuffles its row groups, and then the rows inside windows of a few row groups; the result
+is cut into lanes, which a batch draws from in turn. So a batch mixes rows of distant places, a rank
 reads a few lanes instead of everything, any position is found without replaying those before it,
 and nothing depends on the number of ranks.
 """
@@ -16,11 +16,11 @@ Array = np.ndarray
 
 
 class Place(NamedTuple):
-    """Where the samples of some positions are found: in which window, at which of its places."""
+    """Where the samples of some positions are found: in which window, at which of its rows."""
 
     epoch: Int64[Array, " rows"]
     window: Int64[Array, " rows"]
-    index: Int64[Array, " rows"]
+    row: Int64[Array, " rows"]
 
 
 class SampleOrder:

@@ -27,7 +27,7 @@ class RowGroup(NamedTuple):
     """One row group of one file."""
 
     path: str
-    index: int
+    number: int
 
 
 class Stream:
@@ -46,9 +46,9 @@ class Stream:
         self._columns = columns
         self._settings = settings
         self._row_groups = [
-            RowGroup(file.path, index)
+            RowGroup(file.path, number)
             for file in manifest.files
-            for index in range(len(file.row_groups))
+            for number in range(len(file.row_groups))
         ]
         self._sizes = tuple(rows for file in manifest.files for rows in file.row_groups)
 
@@ -109,7 +109,7 @@ class _WindowReader:
             rows.append(mine)
             columns = self._window(epoch, window)
             permutation = self._order.window_permutation(epoch, window)
-            index = permutation[places.index[mine]]
+            index = permutation[places.row[mine]]
             for name in self._columns:
                 parts[name].append(self._take(columns[name], index, name))
         back = np.argsort(np.concatenate(rows))
@@ -127,7 +127,7 @@ class _WindowReader:
     def _load(self, epoch: int, window: int) -> Columns:
         groups = [self._row_groups[i] for i in self._order.window_row_groups(epoch, window)]
         tables = [
-            self._file(g.path).read_row_group(g.index, columns=list(self._columns)) for g in groups
+            self._file(g.path).read_row_group(g.number, columns=list(self._columns)) for g in groups
         ]
         table = pa.concat_tables(tables).combine_chunks()
         self._schema = table.schema

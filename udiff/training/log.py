@@ -1,4 +1,4 @@
-"""The run's own record: `metrics.jsonl`, a line a logged step, and TensorBoard's files beside it."""
+"""The run's own record: `metrics.jsonl`, a line a logged step, and files for TensorBoard."""
 
 import fcntl
 import json
@@ -68,7 +68,8 @@ class FolderLock:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise TimeoutError(
-                        f"another job is training into {folder}: wait for it, or name another folder"
+                        f"another job is training into {folder}: wait for it, or name another"
+                        " folder"
                     ) from None
                 time.sleep(0.2)
             else:

@@ -1,9 +1,9 @@
 """Spread modules over the ranks."""
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch import nn
 
 from udiff.settings import TrainSettings
 from udiff.system import System

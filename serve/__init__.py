@@ -1,0 +1,1 @@
+"""Serving: a thin HTTP front and an engine replica per device, on Ray Serve."""

@@ -1,0 +1,140 @@
+"""What one request may cost: bytes and time to send it, requests at once, time to answer it."""
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.errors import ApiError, error_response
+
+Answer = TypeVar("Answer")
+
+CLIENT_CLOSED_REQUEST = 499
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of the front; a request beyond one of them gets its 4xx."""
+
+    max_body_bytes: int = 64 * 1024
+    body_timeout_s: float = 10.0
+    """Time that a client has to send its body."""
+    max_requests: int = 64
+    """Requests in work or waiting at once; one more gets 429."""
+    retry_after_s: int = 2
+    deadline_s: float = 120.0
+    """Time in which a request is answered, waiting included; after it 504."""
+
+
+class BodyLimit:
+    """ASGI middleware: answer 413 to a body that is too long, and 408 to one that drips.
+
+    A body that says how long it is is refused before any of it is read, a chunked one at the limit.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self._app = app
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on with the body counted as it is read."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        if self._is_announced_too_long(Headers(scope=scope)):
+            return await error_response(self._too_long())(scope, receive, send)
+        return await self._app(scope, self._counted(receive), send)
+
+    def _is_announced_too_long(self, headers: Headers) -> bool:
+        length = headers.get("content-length", "")
+        return length.isdecimal() and int(length) > self._limits.max_body_bytes
+
+    def _counted(self, receive: Receive) -> Receive:
+        deadline = asyncio.get_running_loop().time() + self._limits.body_timeout_s
+        num_bytes, is_complete = 0, False
+
+        async def receive_counted() -> Message:
+            nonlocal num_bytes, is_complete
+            if is_complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(408, "The body did not arrive in time.", code="timeout") from None
+            num_bytes += len(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
+            if num_bytes > self._limits.max_body_bytes:
+                raise self._too_long()
+            return message
+
+        return receive_counted
+
+    def _too_long(self) -> ApiError:
+        limit = self._limits.max_body_bytes
+        return ApiError(413, f"The body is over the limit of {limit} bytes.", code="body_too_large")
+
+
+class Admission:
+    """Count the requests under way and turn away those beyond the bound."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._num_requests = 0
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[None]:
+        """Hold one place; raise 429 with Retry-After when all are taken."""
+        if self._num_requests >= self._limits.max_requests:
+            raise ApiError(
+                429,
+                f"{self._num_requests} requests are under way, the most that are taken at once.",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(self._limits.retry_after_s)},
+            )
+        self._num_requests += 1
+        try:
+            yield
+        finally:
+            self._num_requests -= 1
+
+
+async def answer_in_time(
+    http: Request, work: Coroutine[Any, Any, Answer], *, deadline_s: float
+) -> Answer:
+    """Await the answer for as long as its client is there and the deadline has not passed.
+
+    Serve cancels a handler whose client has left unless the client's headers say otherwise, and
+    other servers do not, so the connection is watched here. The body must have been read.
+
+    Raises:
+        ApiError: 504 after the deadline, 499 (that nobody reads) when the client has left.
+    """
+    job = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(http))
+    try:
+        done, _ = await asyncio.wait(
+            {job, watcher}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        if job in done:
+            return job.result()
+    finally:
+        await _cancel(job, watcher)
+    if watcher in done:
+        raise ApiError(CLIENT_CLOSED_REQUEST, "The client closed the connection.")
+    raise ApiError(504, f"No answer within {deadline_s:g} s.", code="timeout")
+
+
+async def _disconnected(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
