@@ -10,10 +10,11 @@ import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
+from pydantic.fields import FieldInfo
 
 import udiff.models
 from udiff.system import FamilyRecipe
@@ -116,24 +117,50 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 
 def _explain(problem: Any, recipe_class: type[BaseModel]) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    keys, settings = _locate(recipe_class, problem["loc"])
+    path = ".".join(keys)
     if problem["type"] != "extra_forbidden":
         got = problem["input"]
         got = f", got {got!r}" if not isinstance(got, Mapping) else ""
         return f"{path or 'recipe'}: {problem['msg'].removeprefix('Value error, ')}{got}"
-    *parents, key = problem["loc"]
-    allowed = _allowed_keys(recipe_class, parents)
-    close = difflib.get_close_matches(str(key), allowed, n=1)
+    allowed = sorted(settings.model_fields) if settings else []
+    close = difflib.get_close_matches(keys[-1], allowed, n=1)
     hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed)}"
     return f"{path} is not a key of this recipe; {hint}"
 
 
-def _allowed_keys(model: type[BaseModel], parents: list[Any]) -> list[str]:
-    for parent in parents:
-        field = model.model_fields.get(str(parent))
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not models:
-            return []
-        model = models[0]
-    return sorted(model.model_fields)
+def _locate(
+    recipe_class: type[BaseModel], location: tuple[int | str, ...]
+) -> tuple[list[str], type[BaseModel] | None]:
+    """Find the keys on the way to an error, and the settings that hold the last of them.
+
+    Where settings are of one of several kinds, an error's location names the kind too: no key.
+    """
+    keys: list[str] = []
+    holder: type[BaseModel] | None = None
+    inside: type[BaseModel] | None = recipe_class
+    kinds: dict[str, type[BaseModel]] = {}
+    for part in map(str, location):
+        if part in kinds:
+            inside, kinds = kinds[part], {}
+            continue
+        keys.append(part)
+        holder = inside
+        field = holder.model_fields.get(part) if holder else None
+        kinds = _kinds(field) if field else {}
+        inside = kinds.popitem()[1] if len(kinds) == 1 else None
+    return keys, holder
+
+
+def _kinds(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """List the settings that a key can hold, by what an error's location calls them."""
+    kinds: dict[str, type[BaseModel]] = {}
+    for member in get_args(field.annotation) or (field.annotation,):
+        model, *marks = get_args(member) or (member,)
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue
+        names = [mark.tag for mark in marks if isinstance(mark, Tag)]
+        if isinstance(field.discriminator, str):
+            names = list(get_args(model.model_fields[field.discriminator].annotation))
+        kinds[names[0] if names else model.__name__] = model
+    return kinds

@@ -1,9 +1,17 @@
 """Settings that every recipe is put together from: frozen, and closed to keys they do not know."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -14,11 +22,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class OptimizerSettings(Settings):
-    """AdamW and its schedule, counted in steps of the whole global batch."""
+class ScheduledSettings(Settings):
+    """What all optimizers have, and their schedule, counted in steps of the whole global batch."""
 
     lr: float = Field(gt=0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     eps: float = Field(default=1e-8, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
@@ -27,6 +34,37 @@ class OptimizerSettings(Settings):
     """Learning rate at the end, as a fraction of `lr`, reached along a cosine; 1 keeps it constant."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient over all of the phase's parameters."""
+
+
+class AdamWSettings(ScheduledSettings):
+    """AdamW (arXiv 1711.05101)."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+
+
+class AdanSettings(ScheduledSettings):
+    """Adan (arXiv 2208.06677); its betas are 1 minus the paper's."""
+
+    name: Literal["adan"]
+    betas: tuple[Fraction, Fraction, Fraction] = (0.98, 0.92, 0.99)
+    proximal: bool = True
+    """Decay by a division after the step, as in the paper, or by a product before it as AdamW."""
+
+
+def _optimizer_name(value: Any) -> Any:
+    return value.get("name", "adamw") if isinstance(value, dict) else getattr(value, "name", None)
+
+
+OptimizerSettings = Annotated[
+    Annotated[AdamWSettings, Tag("adamw")] | Annotated[AdanSettings, Tag("adan")],
+    Discriminator(
+        _optimizer_name,
+        custom_error_type="optimizer_name",
+        custom_error_message="name must be adamw or adan",
+    ),
+]
+"""Chosen by `name`; AdamW where it is left open."""
 
 
 class EmaSettings(Settings):
@@ -50,6 +88,8 @@ class TrainSettings(Settings):
     """FSDP units: every block of the network by itself, or all as one (small models)."""
     compile: bool = False
     """Compile each block with `torch.compile`."""
+    activation_checkpointing: bool = False
+    """Keep each block's input alone, and compute it anew in the backward pass."""
     checkpoint_every: PositiveInt = 10_000
     """Steps between training checkpoints; there is always one before the first step and at the end."""
     keep_checkpoints: PositiveInt = 2
@@ -86,12 +126,28 @@ class AutoencoderSettings(Settings):
     mean: tuple[float, ...] | None = None
     """Per-channel mean of raw latents; a run fills it in from `normalization`."""
     std: tuple[float, ...] | None = None
+    multiplier: float = Field(default=1.0, gt=0)
+    """Normalized latents are multiplied by this."""
 
     @model_validator(mode="after")
     def _statistics_go_together(self) -> "AutoencoderSettings":
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both or neither")
         return self
+
+    def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and std that normalize a latent, `multiplier` included; 0 and 1 if unknown.
+
+        Raises:
+            ValueError: there are statistics of another number of channels.
+        """
+        mean, std = self.mean or (0.0,) * channels, self.std or (1.0,) * channels
+        if len(mean) != channels or len(std) != channels:
+            raise ValueError(
+                f"autoencoder.mean and .std need latent.channels = {channels} values, got "
+                f"{len(mean)} and {len(std)}"
+            )
+        return mean, tuple(value / self.multiplier for value in std)
 
     def relative_to(self, folder: Path) -> "AutoencoderSettings":
         """Resolve a relative path that exists below `folder` (an autoencoder inside a bundle)."""
@@ -110,3 +166,71 @@ class SamplingSettings(Settings):
     """Above 1 spends more steps near noise."""
     last_step: float | None = Field(default=None, gt=0, lt=1)
     """Length of the last step in time; 1 / num_steps where it is left open."""
+
+
+# ---------------------------------------------------------------- pieces for any family
+
+
+class AlignmentSettings(Settings):
+    """REPA (arXiv 2410.06940): tokens of a block learn to resemble those of a vision encoder."""
+
+    layer: PositiveInt = 8
+    """Number of the block, counted from 1, whose output is aligned."""
+    weight: float = Field(default=0.5, gt=0)
+    hidden_dim: PositiveInt | None = None
+    """Width of the projector; the network's where left open."""
+    feature_dim: PositiveInt = 768
+    """Width of the vision encoder's tokens."""
+    teacher: str | None = None
+    """timm name of the vision encoder, which then reads the batch's `image`, or a local safetensors
+    file of its weights; null takes the cache's column `dino_feature`."""
+
+
+class DispersiveSettings(Settings):
+    """Dispersive loss (arXiv 2506.09027): samples of a batch keep their distance inside the network."""
+
+    layer: PositiveInt = 8
+    """Number of the block, counted from 1."""
+    weight: float = Field(default=0.5, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+
+
+class DirectionSettings(Settings):
+    """1 - cosine of predicted and true velocity (arXiv 2501.01423, section 4.2)."""
+
+    weight: float = Field(default=1.0, gt=0)
+
+
+class MaskedSettings(Settings):
+    """A second pass whose encoder sees only some of the tokens (MDT, arXiv 2303.14389)."""
+
+    ratio: Fraction = 0.3
+    """Smallest fraction of tokens that the pass drops."""
+    ratio_width: Fraction = 0.2
+    """How much more a step may drop."""
+
+
+class ExtraObjectiveSettings(Settings):
+    """What can be put around any family's objective."""
+
+    alignment: AlignmentSettings | None = None
+    dispersive: DispersiveSettings | None = None
+    direction: DirectionSettings | None = None
+    masked: MaskedSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_layer(self) -> "ExtraObjectiveSettings":
+        layers = {extra.layer for extra in (self.alignment, self.dispersive) if extra}
+        if len(layers) > 1:
+            raise ValueError(f"alignment.layer and dispersive.layer must be the same, got {layers}")
+        return self
+
+
+class ReuseSettings(Settings):
+    """Reuse of the encoder's state between sampling steps (arXiv 2504.05741)."""
+
+    every: PositiveInt
+    """Steps for each run of the encoder."""
+    choice: Literal["fixed", "dynamic"] = "fixed"
+    """`fixed`: the encoder runs at every so-manieth step. `dynamic`: it runs as often, at the steps
+    which a dynamic program over a template batch finds best."""

@@ -32,6 +32,10 @@ class Losses:
 
     total: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+    per_sample: Tensor | None = None
+    """Loss of each sample, of objectives that can say; `total` is its mean."""
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    """Columns, detached, that later phases of the same step find in their batch."""
 
 
 class Prediction(NamedTuple):
@@ -79,6 +83,8 @@ class StepRng:
 
     shared: torch.Generator
     local: LocalRng
+    step: int
+    """For losses that begin at a step."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Rng:
         """Make the generators of one step."""
         shared = self._generator(torch.device("cpu"), step, phase, 0)
         local = self._generator(self.device, step, phase, 1)
-        return StepRng(shared, LocalRng(local, self.rank, self.world_size))
+        return StepRng(shared, LocalRng(local, self.rank, self.world_size), step)
 
     def _generator(self, device: torch.device, *position: int) -> torch.Generator:
         words = np.random.SeedSequence([self.seed, *position]).generate_state(1, np.uint64)
@@ -118,6 +124,14 @@ class Phase:
 # ---------------------------------------------------------------- sampling
 
 
+@dataclass
+class Carried:
+    """What a network's encoder found for one sampling, kept from a query for later ones."""
+
+    states: dict[str, Tensor] = field(default_factory=dict)
+    """By branch, `conditional` or `null`; without a batch axis."""
+
+
 @dataclass(frozen=True)
 class Query:
     """A sampler's question: the network's answer at `x`, one sample without a batch axis."""
@@ -125,6 +139,10 @@ class Query:
     x: Tensor
     t: float
     """As the network takes it: a time (0 = noise, 1 = data), or a DDPM timestep."""
+    carried: Carried | None = None
+    """Where the encoder's states are kept, of samplers that reuse them."""
+    refresh: bool = True
+    """Run the encoder and keep what it finds; otherwise take what `carried` holds."""
 
 
 Steps = Generator[Query, Tensor, Tensor]
@@ -140,15 +158,28 @@ class Guidance:
     interval: tuple[float, float] | None = None
     """Times strictly between which guidance is on; always where there is none."""
     channels: int | None = None
-    """Guide only this many channels, the first; the others stay conditional."""
+    """Guide only channels before this one; the others have `other_scale`."""
     schedule: Callable[[float], float] | None = None
     """w as a function of the query's time, in place of `scale`."""
+    first_channel: int = 0
+    """Guide only from this channel on."""
+    other_scale: float = 1.0
+    """w of the channels that are not guided, at all times; 1 leaves them conditional."""
 
     def scale_at(self, t: float) -> float:
         """Return w at a time; 1 outside the interval."""
         if self.interval and not self.interval[0] < t < self.interval[1]:
             return 1.0
         return self.schedule(t) if self.schedule else self.scale
+
+    def is_on(self, t: float) -> bool:
+        """Say whether the unconditional answer counts at a time."""
+        return self.scale_at(t) != 1 or self.other_scale != 1
+
+    @property
+    def is_ever_on(self) -> bool:
+        """Say whether the unconditional answer may count at any time."""
+        return self.scale != 1 or self.other_scale != 1 or self.schedule is not None
 
 
 @dataclass(frozen=True)
@@ -204,6 +235,8 @@ class FamilyRecipe(Settings):
     ema: EmaSettings | None = None
     autoencoder: AutoencoderSettings | None = None
     """For families that learn on latents."""
+    initialize_from: str | None = None
+    """Bundle of an earlier run; parameters that both have begin as they are there."""
 
     def build(self) -> System:
         """Make the system with freshly initialized weights."""

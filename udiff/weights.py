@@ -3,12 +3,24 @@
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+
+TRAINING = "training."
+"""Prefix of what only further training needs: in a bundle, a file of its own."""
+
+
+class Converted(NamedTuple):
+    """An official checkpoint in our terms."""
+
+    recipe_keys: dict[str, Any]
+    weights: dict[str, Tensor]
+    """Keys as in a bundle, `denoiser.<key>`; what only further training needs under `training.`."""
 
 
 class WeightsError(ValueError):
@@ -47,8 +59,39 @@ def strip_prefix(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
     }
 
 
+def unwrap_weights(
+    checkpoint: Mapping[str, Any], containers: tuple[str, ...] = ("ema", "model", "state_dict")
+) -> dict[str, Tensor]:
+    """Find the weights in a checkpoint, under the names that the network itself gives them.
+
+    They are what the first of `containers` holds that is there, or else the checkpoint itself;
+    `module.` (of DDP) and `_orig_mod.` (of torch.compile) are taken out of the keys.
+
+    Raises:
+        WeightsError: something among the weights is not a tensor.
+    """
+    found = next((checkpoint[name] for name in containers if name in checkpoint), checkpoint)
+    foreign = sorted(key for key, value in found.items() if not isinstance(value, Tensor))
+    if foreign:
+        raise WeightsError(
+            f"the checkpoint holds no weights in {', '.join(containers)}, and these of its entries "
+            f"are not tensors: {foreign}"
+        )
+    wrappers = ("module", "_orig_mod")
+    return {
+        ".".join(part for part in key.split(".") if part not in wrappers): tensor
+        for key, tensor in found.items()
+    }
+
+
 def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Load exactly the tensors that a module has.
+    """Load exactly the tensors that a module has; raises as `check_weights` does."""
+    check_weights(module, weights, source=source)
+    module.load_state_dict(weights, strict=True)
+
+
+def check_weights(module: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Check that weights are exactly the tensors that a module (on any device, meta too) has.
 
     Raises:
         WeightsError: keys are missing or unknown, or shapes differ; all of them are listed.
@@ -64,4 +107,3 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], *, source: s
     ]
     if shapes:
         raise WeightsError(f"{source}: {'; '.join(shapes)}")
-    module.load_state_dict(weights, strict=True)

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -14,6 +15,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Normalize in float32, return to the dtype of x, then apply the weight."""
-        normalized = nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
-        return normalized.to(x.dtype) * self.weight
+        """Normalize; where weight and x differ in dtype, x's is returned to before the weight."""
+        if x.dtype == self.weight.dtype:
+            return rms_norm(x, x.shape[-1:], self.weight, self.eps)  # one pass
+        return rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight

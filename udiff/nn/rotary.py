@@ -4,15 +4,19 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
 class RotaryTable(NamedTuple):
     """Cosine and sine of each token's rotation, one per pair of adjacent channels, float32."""
 
-    cos: Float[Tensor, "tokens pairs"]
-    sin: Float[Tensor, "tokens pairs"]
+    cos: Float[Tensor, "*batch tokens pairs"]
+    sin: Float[Tensor, "*batch tokens pairs"]
+
+    def keep(self, tokens: Int[Tensor, "batch kept"]) -> "RotaryTable":
+        """Select tokens, others in every sample."""
+        return RotaryTable(self.cos[tokens][:, None], self.sin[tokens][:, None])
 
 
 @lru_cache(maxsize=64)
@@ -45,6 +49,11 @@ def rotate(
     x: Float[Tensor, "batch heads tokens head_dim"], table: RotaryTable
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
     """Turn every pair of adjacent channels by its token's angle, in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = (even * table.cos - odd * table.sin, even * table.sin + odd * table.cos)
-    return torch.stack(turned, -1).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which fuses real numbers, but not complex ones
+        even, odd = pairs.unbind(-1)
+        turned = (even * table.cos - odd * table.sin, even * table.sin + odd * table.cos)
+        return torch.stack(turned, -1).flatten(-2).to(x.dtype)
+    rotation = torch.complex(table.cos, table.sin)
+    turned = torch.view_as_complex(pairs.contiguous()) * rotation  # one pass
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)

@@ -1,7 +1,10 @@
 """Spread modules over the ranks."""
 
+from functools import partial
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -25,12 +28,20 @@ def shard(system: System, settings: TrainSettings, run: Run) -> None:
     for module in system.modules.values():
         module.to(run.device)
     for unit in system.shard_units:
+        if settings.activation_checkpointing:
+            checkpoint_activations(unit)
         if settings.compile:
             unit.compile()
         if settings.shard == "blocks":
             fully_shard(unit, mesh=mesh, mp_policy=policy)
     for module in system.modules.values():
         fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def checkpoint_activations(unit: nn.Module) -> None:
+    """Have a block keep nothing but its input for the backward pass, in place."""
+    # The instance's `forward` alone: a wrapping module would change the names of the weights.
+    unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
 
 
 def set_gradient_sync(modules: list[nn.Module], needed: bool) -> None:

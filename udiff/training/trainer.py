@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from udiff.settings import EmaSettings, TrainSettings
 from udiff.system import Batch, Draws, Losses, Phase, Rng, System
@@ -130,6 +130,7 @@ class _Trainer:
         for number, phase in enumerate(self._system.phases):
             draws = phase.draw(batch, self._rng.at(step, phase=number))
             losses = self._backward(phase, batch, draws)
+            batch |= losses.carry
             if check:
                 self._check_gradients(phase)
             norm = self._update(phase, self._optimizers[number], step)
@@ -145,6 +146,7 @@ class _Trainer:
         parts = self._settings.accumulate
         size = self._settings.batch_size // self._run.world_size // parts
         sums: dict[str, Tensor] = {}
+        carried: list[dict[str, Tensor]] = []
         for part in range(parts):
             rows = slice(part * size, (part + 1) * size)
             set_gradient_sync(self._modules(phase), part == parts - 1)
@@ -152,9 +154,11 @@ class _Trainer:
             (losses.total / parts).backward()
             for name, value in {**losses.terms, "total": losses.total}.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / parts
-        return Losses(sums.pop("total"), sums)
+            carried.append(losses.carry)
+        carry = {name: torch.cat([columns[name] for columns in carried]) for name in carried[0]}
+        return Losses(sums.pop("total"), sums, carry=carry)
 
-    def _update(self, phase: Phase, optimizer: AdamW, step: int) -> Tensor:
+    def _update(self, phase: Phase, optimizer: Optimizer, step: int) -> Tensor:
         """Apply the gradients; returns their norm."""
         norm = clip_gradients(optimizer, phase.optimizer.clip_norm)
         for group in optimizer.param_groups:
@@ -165,7 +169,7 @@ class _Trainer:
         return norm.detach()
 
     def _check_gradients(self, phase: Phase) -> None:
-        """Refuse parameters that never learn: their missing optimizer state could not be resumed."""
+        """Refuse parameters that never learn: a resume would miss their optimizer state."""
         idle = [
             f"{name}.{key}"
             for name in phase.modules

@@ -1,0 +1,1 @@
+"""LightningDiT (arXiv 2501.01423)."""
