@@ -68,7 +68,9 @@ def evaluate(
     count = len(label_names(generator.recipe))
     requests = [{"label": k % count, "seed": seed + k} for k in range(num_pictures)]
     sets = {
-        "generated": generate_pictures(str(Path(bundle).absolute()), requests, workers=workers),
+        "generated": generate_pictures(
+            str(Path(bundle).absolute()), requests, workers=workers
+        ).pictures,
         "real": reals,
         "reconstructed": generator.reconstruct(to_pixels(torch.from_numpy(reals))).numpy(),
         "noise": np.random.default_rng(seed).integers(0, 256, reals.shape, np.uint8),

@@ -18,8 +18,11 @@ from udiff.system import FamilyRecipe
 
 def sample_grid(
     bundle: str, out: Path, *, labels: list[int], per_label: int, workers: int, **request: Any
-) -> None:
-    """Write a grid with one row per label; picture k of a row has seed `request["seed"] + k`."""
+) -> float:
+    """Write a grid with one row per label; picture k of a row has seed `request["seed"] + k`.
+
+    Returns images per second.
+    """
     recipe = load_bundle(bundle).recipe
     names = label_names(recipe)
     seed = request.pop("seed", 0)
@@ -27,11 +30,14 @@ def sample_grid(
         {"label": label, "seed": seed + k, **request} for label in labels for k in range(per_label)
     ]
     connect()
-    pictures = generate_pictures(str(Path(bundle).absolute()), requests, workers=workers)
-    zoom = max(1, 64 // pictures.shape[1])
-    grid = draw_grid(pictures, [names[label] for label in labels], columns=per_label, zoom=zoom)
+    generated = generate_pictures(str(Path(bundle).absolute()), requests, workers=workers)
+    zoom = max(1, 64 // generated.pictures.shape[1])
+    grid = draw_grid(
+        generated.pictures, [names[label] for label in labels], columns=per_label, zoom=zoom
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     grid.save(out)
+    return generated.images_per_s
 
 
 def label_names(recipe: FamilyRecipe) -> list[str]:

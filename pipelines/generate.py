@@ -1,6 +1,8 @@
 """Chain: requests -> pictures, spread over the cluster in batches."""
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,16 @@ from ray.data import ActorPoolStrategy, DataContext
 from udiff.generate import PictureGenerator
 
 
+@dataclass(frozen=True)
+class Generated:
+    """Pictures, and how fast they came."""
+
+    pictures: np.ndarray
+    """uint8 (pictures, height, width, 3), in the order of the requests."""
+    images_per_s: float
+    """From the start of the first batch to the end of the last."""
+
+
 class _Generate:
     """One generator per actor."""
 
@@ -17,9 +29,10 @@ class _Generate:
         self._generator = PictureGenerator(bundle)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        requests = batch["requests"][0]
-        pictures = self._generator.generate(requests).numpy()
-        return {"index": batch["index"], "pictures": [pictures]}
+        started = time.time()
+        pictures = self._generator.generate(batch["requests"][0]).numpy()
+        times = {"started": [started], "ended": [time.time()]}
+        return {"index": batch["index"], "pictures": [pictures], **times}
 
 
 def generate_pictures(
@@ -29,8 +42,8 @@ def generate_pictures(
     workers: int,
     gpus: float = 0,
     batch_size: int = 64,
-) -> np.ndarray:
-    """Generate one picture per request, in their order: uint8 (pictures, height, width, 3)."""
+) -> Generated:
+    """Generate one picture per request, with one generator in each of `workers` actors."""
     batches = [
         {"index": start, "requests": list(requests[start : start + batch_size])}
         for start in range(0, len(requests), batch_size)
@@ -50,4 +63,6 @@ def generate_pictures(
         .take_all()
     )
     ordered = sorted(rows, key=lambda row: row["index"])
-    return np.concatenate([row["pictures"] for row in ordered])
+    seconds = max(row["ended"] for row in rows) - min(row["started"] for row in rows)
+    pictures = np.concatenate([row["pictures"] for row in ordered])
+    return Generated(pictures, len(pictures) / seconds)

@@ -31,10 +31,7 @@ class Picture:
     @property
     def num_rows(self) -> int:
         """Count the rows that its next query takes in the network's batch: guided ones take two."""
-        query = self.running.query
-        if query is None:
-            return 0
-        return 1 if self.running.sampling.guidance.scale_at(query.t) == 1 else 2
+        return self.running.num_rows
 
 
 @dataclass(eq=False)

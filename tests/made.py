@@ -1,9 +1,11 @@
 """Small caches and bundles for tests, written by the code that writes real ones."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from pipelines.rows import Rows
@@ -11,7 +13,7 @@ from pipelines.shards import Unit
 from pipelines.stages.write import WriteUnit
 from udiff.bundle import load_autoencoder, save_bundle
 from udiff.data.manifest import Manifest, Plan, finish, start_plan
-from udiff.data.schema import latents_schema
+from udiff.data.schema import latents_schema, pictures_schema
 from udiff.data.storage import open_folder
 from udiff.recipe import load_recipe
 from udiff.system import FamilyRecipe
@@ -65,6 +67,54 @@ def write_latents(
         write(unit, Rows(kept=[_latent_row(start + k, draw) for k in range(count)]))
         names.append(unit.name)
     return finish(folder, plan, names)
+
+
+def write_pictures(path: Path, pictures: np.ndarray, *, rows_per_file: int = 150) -> Manifest:
+    """Write a cache of pictures, uint8 (rows, size, size, 3)."""
+    folder, size = open_folder(path), pictures.shape[1]
+    plan = Plan(
+        kind="pictures",
+        identity={"image": {"made": len(pictures)}},
+        options={},
+        inputs={"rows": len(pictures)},
+        shapes={"image": (size, size, 3)},
+        class_names=("made",),
+    )
+    start_plan(folder, plan)
+    schema = pictures_schema(size)
+    write = WriteUnit(folder, schema=schema, plan=plan.fingerprint, row_group_size=64)
+    names = []
+    for start in range(0, len(pictures), rows_per_file):
+        part = pictures[start : start + rows_per_file]
+        unit = Unit(f"{start:05d}", "made", num_samples=len(part))
+        rows = [_picture_row(start + k, picture) for k, picture in enumerate(part)]
+        write(unit, Rows(kept=rows))
+        names.append(unit.name)
+    return finish(folder, plan, names)
+
+
+def draw_pictures(num_pictures: int, size: int, *, seed: int = 0) -> np.ndarray:
+    """Draw smooth colored pictures: a few random waves each, uint8 (pictures, size, size, 3)."""
+    draw = np.random.default_rng(seed)
+    y, x = np.mgrid[0:size, 0:size] / size
+    down, right, phase = draw.uniform(0, 8, (3, num_pictures, 3, 1, 1))
+    waves = np.sin(down * y + right * x + phase)
+    return ((waves + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def _picture_row(key: int, picture: np.ndarray) -> dict:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    height, width = picture.shape[:2]
+    return {
+        "key": f"{key:09d}",
+        "label": 0,
+        "caption": "a picture that was made",
+        "width": width,
+        "height": height,
+        "source": "made",
+        "image": file.getvalue(),
+    }
 
 
 def _latent_row(key: int, draw: np.random.Generator) -> dict:

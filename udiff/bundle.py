@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from udiff.autoencoders.kl import KLAutoencoder, load_diffusers_autoencoder
+from udiff.autoencoders.ldm_checkpoint import load_ldm_autoencoder, names_a_checkpoint
 from udiff.recipe import dump_recipe, parse_recipe, update_recipe
 from udiff.system import FamilyRecipe, System
 from udiff.weights import load_strictly
@@ -27,6 +28,8 @@ WEIGHTS, RECIPE, README, AUTOENCODER = (
     "README.md",
     "autoencoder",
 )
+TRAINING_WEIGHTS = "training.safetensors"
+"""What only further training needs, of imported checkpoints that have it."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,31 @@ def load_bundle(path: str | Path) -> Bundle:
         resolved = recipe.autoencoder.relative_to(path)
         recipe = recipe.model_copy(update={"autoencoder": resolved})
     system = recipe.build()
-    _load_weights(system, load_file(path / WEIGHTS), path)
+    _load_weights(system, read_weights(path), path)
     for module in system.modules.values():
         module.eval().requires_grad_(False)
     return Bundle(path, recipe, system)
 
 
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a bundle's weights, keys `<module>.<parameter>`.
+
+    Raises:
+        FileNotFoundError: there is no bundle.
+    """
+    file = Path(path) / WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is not a bundle: it has no {WEIGHTS}")
+    return load_file(file)
+
+
 def save_bundle(
-    path: str | Path, recipe: FamilyRecipe, weights: Mapping[str, Tensor], *, about: str
+    path: str | Path,
+    recipe: FamilyRecipe,
+    weights: Mapping[str, Tensor],
+    *,
+    about: str,
+    training: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a bundle as a whole: it appears complete, or not at all; an older one is replaced.
 
@@ -70,15 +90,18 @@ def save_bundle(
         recipe: resolved; a local autoencoder that it names is copied into the bundle.
         weights: full tensors, keys `<module>.<parameter>`.
         about: text of the README.
+        training: tensors that only further training needs; they get a file of their own.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        if recipe.autoencoder is not None and Path(recipe.autoencoder.path).is_dir():
-            shutil.copytree(recipe.autoencoder.path, staged / AUTOENCODER)
-            recipe = update_recipe(recipe, {"autoencoder": {"path": AUTOENCODER}})
-        save_file({name: t.contiguous() for name, t in weights.items()}, staged / WEIGHTS)
+        if recipe.autoencoder is not None and Path(recipe.autoencoder.path).exists():
+            name = _copy_autoencoder(Path(recipe.autoencoder.path), staged)
+            recipe = update_recipe(recipe, {"autoencoder": {"path": name}})
+        _save_tensors(weights, staged / WEIGHTS)
+        if training:
+            _save_tensors(training, staged / TRAINING_WEIGHTS)
         (staged / RECIPE).write_text(dump_recipe(recipe))
         (staged / README).write_text(about)
         staged.chmod(0o755)
@@ -88,12 +111,18 @@ def save_bundle(
 
 
 def load_autoencoder(path: str) -> KLAutoencoder:
-    """Load an autoencoder by a hub id, a local diffusers folder, or a bundle of a family of them.
+    """Load an autoencoder, wherever it comes from.
+
+    Args:
+        path: hub id of diffusers, a local diffusers folder, a bundle of an autoencoder family, or
+            an official checkpoint of the LDM layout (a file, or `<hub id>/<file>`).
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the bundle holds another kind of system.
+        ValueError: the bundle or checkpoint holds something else.
     """
+    if names_a_checkpoint(path):
+        return load_ldm_autoencoder(path)
     if not (Path(path) / RECIPE).is_file():
         return load_diffusers_autoencoder(path)
     bundle = load_bundle(path)
@@ -117,10 +146,25 @@ def load_latent_decoder(recipe: FamilyRecipe) -> KLAutoencoder:
     return autoencoder
 
 
+def _copy_autoencoder(path: Path, folder: Path) -> str:
+    """Copy a diffusers folder, a bundle or a checkpoint into a folder; returns its name there."""
+    if path.is_dir():
+        shutil.copytree(path, folder / AUTOENCODER)
+        return AUTOENCODER
+    name = AUTOENCODER + path.suffix
+    shutil.copy2(path, folder / name)
+    return name
+
+
 def _load_weights(system: System, weights: Mapping[str, Tensor], path: Path) -> None:
     names = system.ema_modules or tuple(system.modules)
     modules = nn.ModuleDict({name: system.modules[name] for name in names})
     load_strictly(modules, weights, source=str(path / WEIGHTS))
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    # Copies where tensors share their memory, which safetensors does not take.
+    save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, path)
 
 
 def _replace(staged: Path, path: Path) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from udiff.bundle import save_bundle
+from udiff.bundle import read_weights, save_bundle
 from udiff.data.stream import Stream
 from udiff.resolve import Resolved
-from udiff.system import Batch, FamilyRecipe
+from udiff.system import Batch, FamilyRecipe, System
 from udiff.training.run import Run
 from udiff.training.trainer import Trained, train
+from udiff.weights import load_strictly, strip_prefix
 
 BUNDLE = "bundle"
 
@@ -36,6 +37,8 @@ def fit(resolved: Resolved, *, folder: Path, run: Run) -> FitReport:
     recipe = resolved.recipe
     torch.manual_seed(recipe.train.seed)  # the same weights on every rank, however many
     system = recipe.build()
+    if recipe.initialize_from is not None:
+        initialize(system, recipe.initialize_from)
     stream = Stream(resolved.cache, resolved.manifest, system.columns, recipe.data)
 
     def batches(first_step: int) -> Generator[Batch, None, None]:
@@ -52,6 +55,24 @@ def fit(resolved: Resolved, *, folder: Path, run: Run) -> FitReport:
         save_bundle(folder / BUNDLE, recipe, trained.weights, about=_about(recipe, trained))
     dist.barrier()
     return FitReport(str(folder / BUNDLE), trained.num_steps, trained.images_per_s)
+
+
+def initialize(system: System, bundle: str) -> None:
+    """Give a system's modules the weights that a bundle has for them; others stay as they are.
+
+    Raises:
+        FileNotFoundError: there is no bundle.
+        ValueError: it has none of the modules, or one of another shape.
+    """
+    weights = read_weights(bundle)
+    known = {name: strip_prefix(weights, f"{name}.") for name in system.modules}
+    if not any(known.values()):
+        raise ValueError(
+            f"initialize_from {bundle} has none of the modules {', '.join(system.modules)}"
+        )
+    for name, found in known.items():
+        if found:
+            load_strictly(system.modules[name], found, source=f"initialize_from {bundle}: {name}")
 
 
 def _about(recipe: FamilyRecipe, trained: Trained) -> str:

@@ -119,7 +119,8 @@ class AutoencoderSettings(Settings):
     """Which autoencoder stands between pixels and latents, and how its latents are normalized."""
 
     path: str
-    """Hub id, a local diffusers folder, or a bundle of an autoencoder family."""
+    """Hub id, a local diffusers folder, a bundle of an autoencoder family, or an official checkpoint
+    of the LDM layout (a file, or `<hub id>/<file>`)."""
     normalization: Literal["scale", "channels"] = "scale"
     """`scale`: the autoencoder's own scaling and shift. `channels`: the cache's mean and std of each
     channel."""
@@ -187,7 +188,7 @@ class AlignmentSettings(Settings):
 
 
 class DispersiveSettings(Settings):
-    """Dispersive loss (arXiv 2506.09027): samples of a batch keep their distance inside the network."""
+    """Dispersive loss (arXiv 2506.09027): a batch's samples keep apart inside the network."""
 
     layer: PositiveInt = 8
     """Number of the block, counted from 1."""
@@ -210,16 +211,15 @@ class MaskedSettings(Settings):
     """How much more a step may drop."""
 
 
-class ExtraObjectiveSettings(Settings):
-    """What can be put around any family's objective."""
+class ExtraLossSettings(Settings):
+    """Losses that can be put around any family's objective."""
 
     alignment: AlignmentSettings | None = None
     dispersive: DispersiveSettings | None = None
     direction: DirectionSettings | None = None
-    masked: MaskedSettings | None = None
 
     @model_validator(mode="after")
-    def _one_layer(self) -> "ExtraObjectiveSettings":
+    def _one_layer(self) -> "ExtraLossSettings":
         layers = {extra.layer for extra in (self.alignment, self.dispersive) if extra}
         if len(layers) > 1:
             raise ValueError(f"alignment.layer and dispersive.layer must be the same, got {layers}")

@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-
 TRAINING = "training."
 """Prefix of what only further training needs: in a bundle, a file of its own."""
 

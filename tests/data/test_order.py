@@ -38,9 +38,7 @@ def test_any_position_is_found_without_those_before_it(order, start, count):
 
 def test_epochs_and_seeds_differ_in_order():
     sizes = (64,) * 8
-    first, second = (
-        SampleOrder(sizes, seed=seed, window_row_groups=2, lanes=4) for seed in (0, 1)
-    )
+    first, second = (SampleOrder(sizes, seed=seed, window_row_groups=2, lanes=4) for seed in (0, 1))
     epoch = np.arange(512)
     rows = [row for _, row in rows_of(first, epoch)]
     assert rows != [row for _, row in rows_of(first, epoch + 512)]

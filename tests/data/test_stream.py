@@ -57,9 +57,7 @@ def test_a_seek_gives_what_a_replay_gives(cache):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_the_batch_of_one(cache, world_size):
-    parts = [
-        batches(cache, 15, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
+    parts = [batches(cache, 15, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, whole in enumerate(batches(cache, 15)):
         dealt = torch.stack([part[step]["latent_mean"] for part in parts], 1).flatten(0, 1)
         assert torch.equal(dealt, whole["latent_mean"])

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from jobs.evaluate import main as evaluate
-from jobs.fashion_mnist import make_sample, write_shards
+from jobs.fashion_mnist import CLASS_NAMES, make_sample, write_shards
 from jobs.prepare import prepare_pictures
 from jobs.sample import main as sample
 from pipelines.generate import generate_pictures
@@ -24,7 +24,7 @@ def bundle(tmp_path_factory):
     save_autoencoder(folder / "vae")
     overrides = [
         "network={dim: 32, num_heads: 2, num_blocks: 3, num_encoder_blocks: 2}",
-        "data.class_names=[t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, boot]",
+        f"data.class_names=[{', '.join(CLASS_NAMES)}]",
         "sampling.num_steps=2",
         f"autoencoder.path={folder / 'vae'}",
     ]
@@ -77,7 +77,7 @@ def test_a_grid_has_a_row_per_label_and_is_the_same_again(bundle, tmp_path):
 
 def test_the_cluster_draws_what_one_process_draws(bundle):
     requests = [{"label": k % 10, "seed": k} for k in range(10)]
-    spread = generate_pictures(str(bundle), requests, workers=2, batch_size=4)
+    spread = generate_pictures(str(bundle), requests, workers=2, batch_size=4).pictures
     alone = np.concatenate(
         [PictureGenerator(bundle).generate(requests[k : k + 4]).numpy() for k in (0, 4, 8)]
     )

@@ -25,6 +25,7 @@ MB = 1_000_000
 
 @pytest.fixture(scope="module")
 def url(bundle_path, free_port, metrics_port):
+    ray.shutdown()  # of a Ray that tests before these have shared
     ray.init(
         num_cpus=2,
         include_dashboard=False,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tests.toy.mixture import distance, draw, integrate, predict
 from udiff.diffusion.conditions import LabelDropout
 from udiff.models.lightningdit.settings import ObjectiveSettings, TransportSampling
-from udiff.models.lightningdit.transport import Transport, make_objective, make_sampler
+from udiff.models.lightningdit.transport import Transport, make_flow_matching, make_sampler
 from udiff.system import Prediction, Rng
 
 NUM_POINTS = 2000
@@ -73,11 +73,9 @@ class _PlaneNetwork(nn.Module):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("path", PATHS)
 def test_a_trained_network_comes_near_the_target(path: str, prediction: str) -> None:
-    settings = ObjectiveSettings(
-        path=path, prediction=prediction, direction_weight=0, time="uniform"
-    )
+    settings = ObjectiveSettings(path=path, prediction=prediction, direction=None, time="uniform")
     transport = Transport.make(settings, sample_eps=0.02)
-    objective = make_objective(settings, transport, LabelDropout(1, 0.1))
+    objective = make_flow_matching(settings, transport, LabelDropout(1, 0.1))
     torch.manual_seed(0)
     network = _PlaneNetwork()
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)

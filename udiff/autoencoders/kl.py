@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,22 @@ class Moments(NamedTuple):
 
     def kl(self) -> Float[Tensor, ""]:
         """Compute the divergence from the standard normal, averaged over the latent's elements."""
-        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).mean()
+        return self.elementwise_kl().mean()
+
+    def elementwise_kl(self) -> Float[Tensor, "batch channels height width"]:
+        """Compute the divergence from the standard normal of each element."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar)
+
+    def kl_from(self, other: "Moments") -> Float[Tensor, " batch"]:
+        """Compute the divergence from another distribution, summed over the latent."""
+        scaled = (self.mean - other.mean).square() / other.logvar.exp()
+        ratio = self.logvar - other.logvar
+        return 0.5 * (scaled + ratio.exp() - 1 - ratio).sum((1, 2, 3))
+
+    def nll(self, raw: Float[Tensor, "batch channels height width"]) -> Float[Tensor, " batch"]:
+        """Compute -log of the density at raw latents, summed over the latent."""
+        scaled = (raw - self.mean).square() / self.logvar.exp()
+        return 0.5 * (math.log(2 * math.pi) + self.logvar + scaled).sum((1, 2, 3))
 
 
 class Reconstruction(NamedTuple):
@@ -34,6 +50,16 @@ class Reconstruction(NamedTuple):
 
     pixels: Float[Tensor, "batch 3 height width"]
     moments: Moments
+    raw: Float[Tensor, "batch channels h w"]
+    """The latent that was sampled and decoded, not normalized."""
+
+
+def split_moments(
+    moments: Float[Tensor, "batch twice_channels height width"],
+) -> Moments:
+    """Read a network's output as means and log variances; these are kept within `LOGVAR_RANGE`."""
+    mean, logvar = moments.chunk(2, dim=1)
+    return Moments(mean.clone(), logvar.clamp(*LOGVAR_RANGE))  # FSDP warns of views
 
 
 class KLAutoencoder(nn.Module):
@@ -47,7 +73,7 @@ class KLAutoencoder(nn.Module):
     latent_std: Tensor
 
     def __init__(self, model: Any) -> None:
-        """Wrap a diffusers `AutoencoderKL`, which has no types."""
+        """Wrap a diffusers `AutoencoderKL`, which has no types, or what looks like one."""
         super().__init__()
         self.model = model
         config = model.config
@@ -81,7 +107,8 @@ class KLAutoencoder(nn.Module):
     ) -> Reconstruction:
         """Encode, sample with the given noise, decode (training goes through here)."""
         moments = self.encode_moments(pixels)
-        return Reconstruction(self._decode_raw(moments.sample(noise)), moments)
+        raw = moments.sample(noise)
+        return Reconstruction(self._decode_raw(raw), moments, raw)
 
     def encode_moments(self, pixels: Float[Tensor, "batch 3 height width"]) -> Moments:
         """Encode to the distribution of raw latents."""
@@ -102,7 +129,8 @@ class KLAutoencoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Hash what encoding depends on: configuration and weights."""
-        config = {name: self.model.config[name] for name in _IDENTITY_KEYS}
+        known = self.model.config
+        config = {name: getattr(known, name) for name in _IDENTITY_KEYS if hasattr(known, name)}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

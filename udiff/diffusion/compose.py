@@ -1,6 +1,7 @@
 """Put the pieces that any family can have around its objective, as a recipe asks for them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,12 +17,16 @@ from udiff.diffusion.alignment import (
 )
 from udiff.diffusion.direction import VelocityDirection
 from udiff.diffusion.dispersive import Dispersed
-from udiff.diffusion.masked_pass import FixedMaskRatio, MaskedPass, UniformMaskRatio
+from udiff.diffusion.masked_pass import (
+    FixedMaskRatio,
+    MaskedPass,
+    MaskRatio,
+    UniformMaskRatio,
+)
 from udiff.diffusion.objective import Objective
 from udiff.diffusion.parameterization import VELOCITY, Parameterization
 from udiff.diffusion.path import Path
-from udiff.encoders.dinov2 import DINOv2, load_dinov2
-from udiff.settings import AlignmentSettings, ExtraObjectiveSettings, MaskedSettings
+from udiff.settings import AlignmentSettings, ExtraLossSettings, MaskedSettings
 from udiff.system import Batch
 
 
@@ -37,11 +42,12 @@ class Composed(NamedTuple):
 
 def compose(
     objective: Objective,
-    settings: ExtraObjectiveSettings,
+    settings: ExtraLossSettings,
     *,
     dim: int,
     num_tokens: int,
     path: Path,
+    masked: MaskedSettings | None = None,
     prediction: Parameterization = VELOCITY,
     time: str = "t",
 ) -> Composed:
@@ -49,28 +55,31 @@ def compose(
 
     Args:
         objective: calls the network once.
-        settings: pieces that are wanted.
+        settings: losses that are wanted.
         dim: width of the network's tokens.
         num_tokens: of a latent.
         path: on which the objective places its samples.
+        masked: adds a masked pass, of networks that take `keep`.
         prediction: what the network predicts.
         time: name of the draw that says where on the path.
     """
     modules: dict[str, nn.Module] = {}
     columns: tuple[str, ...] = ()
-    if settings.masked:
+    if masked:
         # Innermost: the pieces around it add their terms once, on the pass with all tokens.
-        objective = _masked(objective, settings.masked, num_tokens, time)
-    if extra := settings.direction:
-        objective = VelocityDirection(objective, path, prediction, extra.weight, time)
-    if extra := settings.dispersive:
-        objective = Dispersed(objective, extra.layer, extra.weight, extra.temperature)
-    if extra := settings.alignment:
-        projector = Projector(
-            dim, hidden_dim=extra.hidden_dim or dim, feature_dim=extra.feature_dim
+        objective = _masked(objective, masked, num_tokens, time)
+    if direction := settings.direction:
+        objective = VelocityDirection(objective, path, prediction, direction.weight, time)
+    if dispersive := settings.dispersive:
+        objective = Dispersed(
+            objective, dispersive.layer, dispersive.weight, dispersive.temperature
         )
-        teacher, column = _teacher(extra)
-        objective = Aligned(objective, projector, teacher, extra.layer, extra.weight)
+    if alignment := settings.alignment:
+        projector = Projector(
+            dim, hidden_dim=alignment.hidden_dim or dim, feature_dim=alignment.feature_dim
+        )
+        teacher, column = _teacher(alignment)
+        objective = Aligned(objective, projector, teacher, alignment.layer, alignment.weight)
         modules, columns = {"projector": projector}, (column,)
     return Composed(objective, modules, columns)
 
@@ -78,10 +87,9 @@ def compose(
 def _masked(
     objective: Objective, settings: MaskedSettings, num_tokens: int, time: str
 ) -> MaskedPass:
+    ratio: MaskRatio = FixedMaskRatio(settings.ratio)
     if settings.ratio_width:
         ratio = UniformMaskRatio(settings.ratio, settings.ratio_width)
-    else:
-        ratio = FixedMaskRatio(settings.ratio)
     return MaskedPass(objective, ratio, num_tokens, shared=(time,))
 
 
@@ -89,16 +97,21 @@ def _teacher(settings: AlignmentSettings) -> tuple[Teacher, str]:
     """Make the source of features, and name the column that it reads."""
     if settings.teacher is None:
         return cached_features, FEATURE_COLUMN
-    name = settings.teacher
-    return ImageTeacher(lambda: load_dinov2(name)), "image"
+    return ImageTeacher(partial(_load_dinov2, settings.teacher)), "image"
+
+
+def _load_dinov2(name: str) -> nn.Module:
+    from udiff.encoders.dinov2 import load_dinov2
+
+    return load_dinov2(name)
 
 
 class ImageTeacher:
     """Finds the features of `batch["image"]`; the encoder is loaded when it is first asked."""
 
-    def __init__(self, load: Callable[[], DINOv2]) -> None:
+    def __init__(self, load: Callable[[], nn.Module]) -> None:
         self._load = load
-        self._encoder: DINOv2 | None = None
+        self._encoder: nn.Module | None = None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Float[Tensor, "batch tokens dim"]:

@@ -39,10 +39,10 @@ class VelocityDirection:
         """Compute the objective's losses and the direction's."""
         recorded = Recorded(network)
         losses = self.objective(recorded, batch, draws)
-        data, noise, t = batch["latent"], draws["noise"], draws[self.time]
+        data, noise, t = batch["latent"], draws["noise"], draws[self.time].float()
         x_t, velocity = self.path.interpolate(data, noise, t)
         velocity_pred = convert(
-            recorded.prediction.output.float(),
+            recorded.prediction.output[:, : data.shape[1]].float(),  # others are variances
             x_t,
             self.path.at(per_sample(t, data)),
             source=self.prediction,

@@ -47,7 +47,7 @@ class LogitNormalTime:
 
 @dataclass(frozen=True)
 class ShiftedTime:
-    """Another distribution's times t, moved to t / (t + (1 - t) shift); above 1 is towards noise."""
+    """Another distribution's times, moved to t / (t + (1 - t) shift); above 1 is towards noise."""
 
     time: TimeDistribution
     shift: float

@@ -7,7 +7,7 @@ from torch.nn.functional import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Scale to unit root mean square over the last axis; statistics in float32 (arXiv 1910.07467)."""
+    """Scale to unit root mean square over the last axis (arXiv 1910.07467)."""
 
     def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()

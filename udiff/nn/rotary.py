@@ -52,8 +52,11 @@ def rotate(
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # which fuses real numbers, but not complex ones
         even, odd = pairs.unbind(-1)
-        turned = (even * table.cos - odd * table.sin, even * table.sin + odd * table.cos)
-        return torch.stack(turned, -1).flatten(-2).to(x.dtype)
+        real, imaginary = (
+            even * table.cos - odd * table.sin,
+            even * table.sin + odd * table.cos,
+        )
+        return torch.stack([real, imaginary], -1).flatten(-2).to(x.dtype)
     rotation = torch.complex(table.cos, table.sin)
     turned = torch.view_as_complex(pairs.contiguous()) * rotation  # one pass
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)

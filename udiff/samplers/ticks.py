@@ -1,13 +1,19 @@
-"""Drive samplings: any number side by side, each at its own step, with one network call a tick."""
+"""Drive samplings: any number side by side, each at its own step, one network call a tick.
 
-from collections.abc import Iterable, Mapping, Sequence
+Two calls where encoder states are reused: one for rows that run the encoder, one for the others.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from udiff.diffusion.guidance import guide
 from udiff.system import Guidance, Query, Sampling
+
+CONDITIONAL, NULL = "conditional", "null"
 
 
 @dataclass
@@ -17,6 +23,32 @@ class Running:
     sampling: Sampling
     query: Query | None
     result: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Count the rows that its query takes in the network's batch."""
+        return len(list(_rows(self)))
+
+
+class Row(NamedTuple):
+    """One row of the network's batch."""
+
+    running: Running
+    query: Query
+    branch: str
+    conditions: Mapping[str, Tensor]
+
+    @property
+    def state(self) -> Tensor | None:
+        """Return the encoder's state that the row is to use; none where the encoder runs."""
+        if self.query.carried is None or self.query.refresh:
+            return None
+        return self.query.carried.states[self.branch]
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Name the answer."""
+        return id(self.running), self.branch
 
 
 def start(sampling: Sampling) -> Running:
@@ -28,24 +60,26 @@ def start(sampling: Sampling) -> Running:
 
 @torch.inference_mode()
 def tick(network: nn.Module, running: Sequence[Running]) -> None:
-    """Answer the pending query of each sampling with one call of the network.
+    """Answer the pending query of each sampling.
 
-    Guided samplings take two rows of the batch where guidance is on at their time, others one.
+    Guided samplings take two rows of the batch where guidance is on at their time, or where the
+    encoder runs and later queries may want its unconditional state; others take one.
+
+    Raises:
+        ValueError: a sampling reuses an encoder's state, and the network has none.
     """
-    live = [(r, r.query) for r in running if r.query is not None]
-    if not live:
-        return
-    guided = [(r, q) for r, q in live if r.sampling.guidance.scale_at(q.t) != 1]
-    queries = [q for _, q in live + guided]
-    x = torch.stack([q.x for q in queries])
-    t = torch.tensor([q.t for q in queries], device=x.device)
-    rows = [r.sampling.conditions for r, _ in live] + [
-        r.sampling.null_conditions for r, _ in guided
-    ]
-    answers = network(x, t, **_stack(rows)).output.float()
-    nulls = {id(r): answer for (r, _), answer in zip(guided, answers[len(live) :], strict=True)}
-    for (r, query), answer in zip(live, answers[: len(live)], strict=True):
-        _advance(r, _guided(r.sampling.guidance, query.t, answer, nulls.get(id(r))))
+    rows = [row for r in running for row in _rows(r)]
+    answers: dict[tuple[int, str], Tensor] = {}
+    for group in (
+        [row for row in rows if row.state is None],
+        [row for row in rows if row.state is not None],
+    ):
+        if group:
+            outputs = _ask(network, group)
+            answers |= {row.key: out for row, out in zip(group, outputs, strict=True)}
+    for r, query in [(row.running, row.query) for row in rows if row.branch == CONDITIONAL]:
+        pair = answers[id(r), CONDITIONAL], answers.get((id(r), NULL))
+        _advance(r, _guided(r.sampling.guidance, query.t, *pair))
 
 
 def drive(network: nn.Module, samplings: Iterable[Sampling]) -> list[Tensor]:
@@ -56,10 +90,48 @@ def drive(network: nn.Module, samplings: Iterable[Sampling]) -> list[Tensor]:
     return [r.result for r in running if r.result is not None]
 
 
+def _rows(running: Running) -> Iterator[Row]:
+    query, sampling = running.query, running.sampling
+    if query is None:
+        return
+    yield Row(running, query, CONDITIONAL, sampling.conditions)
+    # A state may be wanted where guidance is on even if it is found where guidance is off.
+    is_kept = query.carried is not None and query.refresh and sampling.guidance.is_ever_on
+    if is_kept or sampling.guidance.is_on(query.t):
+        yield Row(running, query, NULL, sampling.null_conditions)
+
+
+def _ask(network: nn.Module, rows: Sequence[Row]) -> Tensor:
+    """Call the network for rows that all run the encoder, or all reuse its states."""
+    x = torch.stack([row.query.x for row in rows])
+    t = torch.tensor([row.query.t for row in rows], device=x.device)
+    conditions = {
+        name: torch.stack([row.conditions[name] for row in rows]) for name in rows[0].conditions
+    }
+    states = [row.state for row in rows if row.state is not None]
+    if states:
+        conditions["state"] = torch.stack(states)
+    prediction = network(x, t, **conditions)
+    for number, row in enumerate(rows):
+        if row.query.carried is not None and not states:
+            if prediction.state is None:
+                raise ValueError("this network has no encoder whose state could be reused")
+            # A copy: a view would keep the states of the whole batch alive.
+            row.query.carried.states[row.branch] = prediction.state[number].clone()
+    return prediction.output.float()
+
+
 def _guided(guidance: Guidance, t: float, answer: Tensor, null: Tensor | None) -> Tensor:
-    if null is None:
+    if null is None or not guidance.is_on(t):
         return answer
-    return guide(answer, null, scale=guidance.scale_at(t), channels=guidance.channels)
+    return guide(
+        answer,
+        null,
+        scale=guidance.scale_at(t),
+        channels=guidance.channels,
+        first_channel=guidance.first_channel,
+        other_scale=guidance.other_scale,
+    )
 
 
 def _advance(running: Running, answer: Tensor | None) -> None:
@@ -68,7 +140,3 @@ def _advance(running: Running, answer: Tensor | None) -> None:
         running.query = next(steps) if answer is None else steps.send(answer)
     except StopIteration as end:
         running.query, running.result = None, end.value
-
-
-def _stack(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -50,19 +50,20 @@ class Checkpoints:
         dist.broadcast_object_list(newest, src=0)
         if newest[0] is None:
             return 0
-        state = self._state(0)
+        step = int(newest[0].rpartition("_")[2])
+        state = self._state(step)
         dcp.load(state, checkpoint_id=newest[0])
         set_state_dict(
             self._modules,
-            self._optimizers,
+            self._stepped(step),
             model_state_dict=state["modules"],
             optim_state_dict=state["optimizers"],
             options=StateDictOptions(strict=True),
         )
-        return int(state["step"])
+        return step
 
     def _state(self, step: int) -> dict:
-        modules, optimizers = get_state_dict(self._modules, self._optimizers)
+        modules, optimizers = get_state_dict(self._modules, self._stepped(step))
         ema = self._ema.averages if self._ema else {}
         return {
             "modules": modules,
@@ -70,6 +71,14 @@ class Checkpoints:
             "ema": ema,
             "step": torch.tensor(step),
         }
+
+    def _stepped(self, step: int) -> list[Optimizer]:
+        """List the optimizers that have a state after `step` steps: none before the first.
+
+        Of one without, torch would make a state by a step with gradients of 0, and count that step:
+        Adam's averages would be off by one for ever after.
+        """
+        return self._optimizers if step else []
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.golden.case import Case, Outputs
+from tests.golden.case import Case, Outputs, relative_error
+from tests.golden.systems import lightningdit_tokenizer
 from udiff.autoencoders.kl import KLAutoencoder
 from udiff.autoencoders.posterior import PosteriorLatents
+from udiff.diffusion.compose import compose
 from udiff.diffusion.conditions import LabelDropout
 from udiff.diffusion.flow_matching import FlowMatching
 from udiff.diffusion.guidance import guide
@@ -35,8 +37,8 @@ from udiff.models.lightningdit.transport import (
     PATHS,
     Transport,
     even_times,
+    make_flow_matching,
     make_last_step,
-    make_objective,
     make_reverse,
     solve_ode,
     solve_sde,
@@ -67,6 +69,8 @@ LAST_STEPS = {"Mean": "mean", "Euler": "ode", "Tweedie": "tweedie", None: "none"
 
 
 def tolerance(case: Case, output: str) -> float:
+    if case.kind in lightningdit_tokenizer.RUNNERS:
+        return lightningdit_tokenizer.tolerance(case, output)
     if output.startswith(("param/", "ema_delta/")):
         largest = case.outputs[output].abs().max().item()
         return 0.01 * case.config["lr"] / largest
@@ -78,6 +82,16 @@ def tolerance(case: Case, output: str) -> float:
     if methods.get(output, ("",))[0] == "dopri5":
         return 3e-4 if methods[output][1].startswith("cfg") else 2e-5
     return 1e-5
+
+
+def error(case: Case, output: str, ours: Tensor, theirs: Tensor) -> float:
+    own = case.kind in lightningdit_tokenizer.RUNNERS
+    compare = lightningdit_tokenizer.error if own else _relative_error
+    return compare(case, output, ours, theirs)
+
+
+def _relative_error(case: Case, output: str, ours: Tensor, theirs: Tensor) -> float:
+    return relative_error(ours, theirs)
 
 
 # ---------------------------------------------------------------- network
@@ -169,7 +183,15 @@ def _helpers(case: Case) -> Outputs:
 def _objective(case: Case, transport: dict) -> Callable:
     settings = ObjectiveSettings(**objective_keys(transport))
     dropout = LabelDropout(case.config.get("num_classes", 0), 0.1)
-    return make_objective(settings, Transport.make(settings), dropout)
+    transport = Transport.make(settings)
+    return compose(
+        make_flow_matching(settings, transport, dropout),
+        settings,
+        dim=0,
+        num_tokens=0,
+        path=transport.path,
+        prediction=transport.prediction,
+    ).objective
 
 
 def _draws(case: Case, *step: int) -> tuple[dict, dict]:
@@ -585,4 +607,5 @@ RUNNERS = {
     "transport_path_gvp": _path,
     "transport_path_linear": _path,
     "transport_path_vp": _path,
+    **lightningdit_tokenizer.RUNNERS,
 }

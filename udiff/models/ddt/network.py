@@ -1,11 +1,11 @@
-"""Networks of DDT: Decoupled Diffusion Transformer (arXiv 2504.05741) and its improved-DiT baseline.
+"""Networks of DDT (Decoupled Diffusion Transformer, arXiv 2504.05741), and of its baseline.
 
 Attribute names are the official checkpoints' keys. Times run from 0 (noise) to 1 (data).
 """
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor, addcmul, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from udiff.nn.feed_forward import SwiGLU
@@ -13,6 +13,7 @@ from udiff.nn.norm import RMSNorm
 from udiff.nn.patch import patchify, unpatchify
 from udiff.nn.rotary import RotaryTable, rotary_table, rotate
 from udiff.nn.timestep import timestep_features
+from udiff.nn.token_mask import keep_tokens, restore_tokens
 from udiff.system import Prediction
 
 ROTARY_EXTENT = 16.0
@@ -42,14 +43,15 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
-        nn.init.normal_(self.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.mlp[2].weight, std=0.02)
+        first, second = nn.Linear(self.num_features, dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
+        for layer in (first, second):
+            nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, t: Float[Tensor, "batch *tokens"]) -> Float[Tensor, "batch times dim"]:
         """Embed one time per sample, or one per token."""
         features = timestep_features(t.flatten(), self.num_features, max_period=10.0)
-        embedded = self.mlp(features.to(self.mlp[0].weight.dtype))
+        embedded = self.mlp(features.to(next(self.mlp.parameters()).dtype))
         return embedded.unflatten(0, (t.shape[0], -1))
 
 
@@ -115,8 +117,9 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(
             6, dim=-1
         )
-        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, positions, mask)
-        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+        attended = self.attn(addcmul(shift_a, self.norm1(x), 1 + scale_a), positions, mask)
+        x = addcmul(x, gate_a, attended)
+        return addcmul(x, gate_m, self.mlp(addcmul(shift_m, self.norm2(x), 1 + scale_m)))
 
 
 class FinalLayer(nn.Module):
@@ -126,8 +129,9 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(dim, features)
-        self.adaLN_modulation = nn.Sequential(nn.Linear(dim, 2 * dim))
-        for layer in (self.linear, self.adaLN_modulation[0]):
+        modulation = nn.Linear(dim, 2 * dim)
+        self.adaLN_modulation = nn.Sequential(modulation)
+        for layer in (self.linear, modulation):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -138,7 +142,7 @@ class FinalLayer(nn.Module):
     ) -> Float[Tensor, "batch tokens features"]:
         """Predict each token's patch."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+        return self.linear(addcmul(shift, self.norm_final(x), 1 + scale))
 
 
 class DDT(nn.Module):
@@ -179,6 +183,7 @@ class DDT(nn.Module):
         label: Int[Tensor, " batch"],
         state: Float[Tensor, "batch tokens dim"] | None = None,
         mask: Bool[Tensor, "batch #heads tokens tokens"] | None = None,
+        keep: Int[Tensor, "batch kept"] | None = None,
         feature_layer: int | None = None,
     ) -> Prediction:
         """Predict the velocity (data minus noise) and the encoder's state.
@@ -189,6 +194,7 @@ class DDT(nn.Module):
             label: class, or the number of classes for the null label.
             state: of an earlier call; the encoder is skipped, and t and label have no effect.
             mask: true where a token may attend; the encoder alone follows it.
+            keep: tokens that the encoder sees; of the others the decoder is told the time alone.
             feature_layer: number of blocks, counted from 1, after which tokens are returned.
         """
         tokens, grid = patchify(x_t, self.patch_size), _grid(x_t, self.patch_size)
@@ -197,17 +203,31 @@ class DDT(nn.Module):
         if state is None:
             time = self.t_embedder(t)
             condition = silu(time + self.y_embedder(label))
-            s = self.s_embedder(tokens)
-            for layer, block in enumerate(self.blocks[: self.num_encoder_blocks], 1):
-                s = features[layer] = block(s, condition, positions, mask)
+            s = self._encode(tokens, condition, positions, features, mask=mask, keep=keep)
             state = silu(time + s)
         x = self.x_embedder(tokens)
-        for layer, block in enumerate(
-            self.blocks[self.num_encoder_blocks :], self.num_encoder_blocks + 1
-        ):
+        first = self.num_encoder_blocks
+        for layer, block in enumerate(self.blocks[first:], first + 1):
             x = features[layer] = block(x, state, positions)
         velocity = unpatchify(self.final_layer(x, state), self.patch_size, grid).contiguous()
         return Prediction(velocity, feature=_pick(features, feature_layer), state=state)
+
+    def _encode(
+        self,
+        tokens: Float[Tensor, "batch tokens in"],
+        condition: Float[Tensor, "batch times dim"],
+        positions: RotaryTable,
+        features: dict[int, Tensor],
+        *,
+        mask: Bool[Tensor, "batch #heads tokens tokens"] | None,
+        keep: Int[Tensor, "batch kept"] | None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        s = embedded = self.s_embedder(tokens)
+        if keep is not None:
+            s, positions = keep_tokens(embedded, keep), positions.keep(keep)
+        for layer, block in enumerate(self.blocks[: self.num_encoder_blocks], 1):
+            s = features[layer] = block(s, condition, positions, mask)
+        return s if keep is None else restore_tokens(s, keep, torch.zeros_like(embedded))
 
 
 class ImprovedDiT(nn.Module):

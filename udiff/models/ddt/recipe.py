@@ -5,63 +5,24 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
-from torch import Tensor
 
 from udiff.autoencoders.posterior import PosteriorLatents
+from udiff.diffusion.compose import Composed, compose
 from udiff.diffusion.conditions import LabelDropout
-from udiff.diffusion.flow_matching import FlowMatching
 from udiff.diffusion.path import LinearPath
-from udiff.diffusion.time import LogitNormalTime, TimeDistribution, UniformTime
-from udiff.models.ddt.network import DDT
-from udiff.samplers.euler import euler
-from udiff.samplers.times import time_grid
-from udiff.settings import (
-    AutoencoderSettings,
-    Fraction,
-    OptimizerSettings,
-    SamplingSettings,
-    Settings,
+from udiff.models.ddt.network import DDT, ImprovedDiT
+from udiff.models.ddt.objective import make_flow_matching
+from udiff.models.ddt.sampler import make_guidance, make_sampler, normals_from
+from udiff.models.ddt.settings import (
+    DDTSampling,
+    LatentSettings,
+    NetworkSettings,
+    ObjectiveSettings,
 )
-from udiff.system import FamilyRecipe, Guidance, Phase, Sampling, System, Task
-
-
-class NetworkSettings(Settings):
-    """Sizes of the network."""
-
-    dim: PositiveInt
-    num_heads: PositiveInt
-    num_blocks: PositiveInt
-    num_encoder_blocks: PositiveInt
-    patch_size: PositiveInt = 2
-
-    @model_validator(mode="after")
-    def _check(self) -> "NetworkSettings":
-        if self.dim % (4 * self.num_heads):
-            raise ValueError(
-                f"dim {self.dim} must be a multiple of 4 x num_heads ({self.num_heads}), for rotary"
-                " positions in two dimensions"
-            )
-        if self.num_encoder_blocks >= self.num_blocks:
-            raise ValueError(
-                f"num_encoder_blocks {self.num_encoder_blocks} must be below num_blocks "
-                f"{self.num_blocks}: the rest is the velocity decoder"
-            )
-        return self
-
-
-class LatentSettings(Settings):
-    """Shape of the latents."""
-
-    channels: PositiveInt = 4
-    height: PositiveInt
-    width: PositiveInt
-
-
-class ObjectiveSettings(Settings):
-    """Flow matching."""
-
-    time: Literal["uniform", "logit_normal"] = "logit_normal"
-    label_dropout_prob: Fraction = 0.1
+from udiff.samplers.reuse import RefreshPlan
+from udiff.samplers.times import time_grid
+from udiff.settings import AutoencoderSettings, OptimizerSettings
+from udiff.system import FamilyRecipe, Phase, Sampling, System, Task
 
 
 class ClassToImage(BaseModel):
@@ -76,7 +37,7 @@ class ClassToImage(BaseModel):
 
 
 class Recipe(FamilyRecipe):
-    """A run of DDT."""
+    """A run of DDT, or of its improved-DiT baseline."""
 
     family: Literal["ddt"]
     network: NetworkSettings
@@ -85,75 +46,99 @@ class Recipe(FamilyRecipe):
     autoencoder: AutoencoderSettings
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: DDTSampling = DDTSampling()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.network.num_encoder_blocks is not None:
+            return self
+        for name, needs in (
+            ("objective.masked", self.objective.masked),
+            ("sampling.reuse", self.sampling.reuse),
+        ):
+            if needs:
+                raise ValueError(f"{name} needs an encoder: set network.num_encoder_blocks")
+        return self
 
     def build(self) -> System:
         """Make network, objective and task."""
-        denoiser = DDT(
-            in_channels=self.latent.channels,
-            num_classes=self.num_classes,
-            **self.network.model_dump(),
-        )
+        denoiser = self.build_network()
+        composed = self._compose()
         objective = PosteriorLatents(
-            FlowMatching(LinearPath(), self._time(), self._label_dropout()), *self._statistics()
+            composed.objective, *self.autoencoder.statistics(self.latent.channels)
         )
+        reuse = self.sampling.reuse
+        plan = RefreshPlan(denoiser, reuse) if reuse else None
+        start = partial(self._start, plan)
         return System(
-            modules={"denoiser": denoiser},
+            modules={"denoiser": denoiser, **composed.modules},
             phases=(
                 Phase(
                     "denoiser",
-                    modules=("denoiser",),
+                    modules=("denoiser", *composed.modules),
                     draw=objective.draw,
                     loss=partial(objective, denoiser),
                     optimizer=self.optimizer,
                 ),
             ),
-            columns=("latent_mean", "latent_logvar", "label"),
+            columns=("latent_mean", "latent_logvar", "label", *composed.columns),
             shard_units=tuple(denoiser.blocks),
             ema_modules=("denoiser",),
-            tasks={
-                "class_to_image": Task("class_to_image", ClassToImage, self._start, denoiser),
-            },
+            tasks={"class_to_image": Task("class_to_image", ClassToImage, start, denoiser)},
         )
 
-    def _start(self, request: ClassToImage, *, device: torch.device) -> Sampling:
+    def build_network(self) -> DDT | ImprovedDiT:
+        """Make the network alone."""
+        network = self.network
+        sizes = {
+            "in_channels": self.latent.channels,
+            "num_classes": self.num_classes,
+            **network.model_dump(exclude={"num_encoder_blocks"}),
+        }
+        if network.num_encoder_blocks is None:
+            return ImprovedDiT(**sizes)
+        return DDT(**sizes, num_encoder_blocks=network.num_encoder_blocks)
+
+    def _compose(self) -> Composed:
+        dropout = LabelDropout(self.num_classes, self.objective.label_dropout_prob)
+        patch = self.network.patch_size
+        return compose(
+            make_flow_matching(self.objective, dropout),
+            self.objective,
+            dim=self.network.dim,
+            num_tokens=(self.latent.height // patch) * (self.latent.width // patch),
+            path=LinearPath(),
+            masked=self.objective.masked,
+        )
+
+    def _start(
+        self, plan: RefreshPlan | None, request: ClassToImage, *, device: torch.device
+    ) -> Sampling:
         if request.label >= self.num_classes:
             raise ValueError(f"label must be in 0..{self.num_classes - 1}, got {request.label}")
-        sampling = self.sampling
-        times = time_grid(
-            request.num_steps or sampling.num_steps,
-            last_step=sampling.last_step,
-            shift=sampling.shift,
-        )
+        num_steps = request.num_steps or self.sampling.num_steps
         scale = request.guidance_scale
-        return Sampling(
-            euler(self._noise(request.seed).to(device), times),
-            conditions={"label": torch.tensor(request.label, device=device)},
-            null_conditions={"label": torch.tensor(self.num_classes, device=device)},
-            guidance=Guidance(
-                sampling.guidance_scale if scale is None else scale, sampling.guidance_interval
-            ),
+        scale = self.sampling.guidance_scale if scale is None else scale
+        begin = partial(self._begin, num_steps=num_steps, scale=scale, device=device)
+        sampling = begin(request.label, request.seed)
+        if plan is None:
+            return sampling
+        key = (num_steps, scale, self.sampling, device)
+        return plan.apply(
+            sampling,
+            key=key,
+            begin=lambda number, seed: begin(number % self.num_classes, seed),
         )
 
-    def _noise(self, seed: int) -> Tensor:
-        # Drawn on the CPU, so that a seed gives the same picture on every device.
-        generator = torch.Generator().manual_seed(seed)
-        latent = self.latent
-        return torch.randn((latent.channels, latent.height, latent.width), generator=generator)
-
-    def _time(self) -> TimeDistribution:
-        return LogitNormalTime() if self.objective.time == "logit_normal" else UniformTime()
-
-    def _label_dropout(self) -> LabelDropout:
-        return LabelDropout(self.num_classes, self.objective.label_dropout_prob)
-
-    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        channels = self.latent.channels
-        mean = self.autoencoder.mean or (0.0,) * channels
-        std = self.autoencoder.std or (1.0,) * channels
-        if len(mean) != channels or len(std) != channels:
-            raise ValueError(
-                f"autoencoder.mean and autoencoder.std need latent.channels = {channels} values, got "
-                f"{len(mean)} and {len(std)}"
-            )
-        return mean, std
+    def _begin(
+        self, label: int, seed: int, *, num_steps: int, scale: float, device: torch.device
+    ) -> Sampling:
+        sampling, latent = self.sampling, self.latent
+        normals = normals_from(seed, (latent.channels, latent.height, latent.width), device)
+        times = time_grid(num_steps, last_step=sampling.last_step, shift=sampling.shift)
+        return Sampling(
+            make_sampler(sampling, next(normals), times, normals),
+            conditions={"label": torch.tensor(label, device=device)},
+            null_conditions={"label": torch.tensor(self.num_classes, device=device)},
+            guidance=make_guidance(sampling, scale),
+        )

@@ -5,7 +5,7 @@ The network's attributes carry the official keys, so that nothing is renamed.
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +18,9 @@ from udiff.models.lightningdit.official_config import (
 )
 from udiff.models.lightningdit.recipe import Recipe, make_network
 from udiff.models.lightningdit.settings import LatentSettings, NetworkSettings
-from udiff.weights import WeightsError, check_weights, strip_prefix, unwrap_weights
+from udiff.weights import Converted, WeightsError, check_weights, strip_prefix, unwrap_weights
 
 MODULE = "denoiser."
-
-
-class Converted(NamedTuple):
-    """An official checkpoint in our terms."""
-
-    recipe_keys: dict[str, Any]
-    weights: dict[str, Tensor]
-    """Keys as in a bundle: `denoiser.<key>`."""
 
 
 def network_from_official(config: Mapping[str, Any]) -> LightningDiT:

@@ -16,6 +16,7 @@ from udiff.nn.norm import RMSNorm
 from udiff.nn.patch import patchify
 from udiff.nn.rotary import RotaryTable, rotate
 from udiff.nn.timestep import timestep_features
+from udiff.nn.token_mask import keep_tokens, restore_tokens
 from udiff.system import Prediction
 
 NormKind = Literal["rms", "layer"]
@@ -160,6 +161,8 @@ class Layers:
     """Modulate with a shift in the blocks; the final layer always does."""
     learn_sigma: bool = False
     """Predict as many channels more, trained for nothing (kept for the weights' shape)."""
+    num_encoder_blocks: int = 0
+    """First blocks, whose change to the tokens is the state that later calls can be given."""
 
 
 class Block(nn.Module):
@@ -239,6 +242,7 @@ class LightningDiT(nn.Module):
             )
         self.in_channels, self.patch_size = in_channels, patch_size
         self.grid = input_size // patch_size
+        self.num_encoder_blocks = layers.num_encoder_blocks
         self.x_embedder = PatchEmbedder(in_channels, patch_size, dim)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(num_classes + null_label, dim)
@@ -255,6 +259,8 @@ class LightningDiT(nn.Module):
         t: Float[Tensor, " batch"],
         *,
         label: Int[Tensor, " batch"],
+        state: Float[Tensor, "batch tokens dim"] | None = None,
+        keep: Int[Tensor, "batch kept"] | None = None,
         feature_layer: int | None = None,
     ) -> Prediction:
         """Predict what the network was trained for: the velocity, in the released models.
@@ -263,19 +269,42 @@ class LightningDiT(nn.Module):
             x_t: noised latent of the size that the network was made for.
             t: in [0, 1], 0 = noise.
             label: class, or the number of classes for the null label.
+            state: of an earlier call; added to the tokens in place of the encoder blocks
+                (the front blocks' delta cache of arXiv 2406.01125).
+            keep: tokens that the encoder blocks see; they pass the others by.
             feature_layer: number of blocks, counted from 1, after which tokens are returned.
         """
-        x = self.x_embedder(x_t) + self.pos_embed
+        embedded = self.x_embedder(x_t) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(label)
         positions = None if self.feat_rope is None else self.feat_rope()
-        feature = None
-        for layer, block in enumerate(self.blocks, 1):
-            x = block(x, condition, positions)
-            feature = x if layer == feature_layer else feature
-        if feature_layer is not None and feature is None:
-            raise ValueError(f"feature_layer must be in 1..{len(self.blocks)}, got {feature_layer}")
+        features: dict[int, Tensor] = {}
+        first = self.num_encoder_blocks
+        if state is None:
+            x = self._encode(embedded, condition, positions, keep, features)
+            state = x - embedded if first else None
+        else:
+            x = embedded + state
+        for layer, block in enumerate(self.blocks[first:], first + 1):
+            x = features[layer] = block(x, condition, positions)
         output = unpatchify(self.final_layer(x, condition), self.patch_size, self.grid)
-        return Prediction(output[:, : self.in_channels].contiguous(), feature=feature)
+        return Prediction(
+            output[:, : self.in_channels].contiguous(), _pick(features, feature_layer), state
+        )
+
+    def _encode(
+        self,
+        embedded: Float[Tensor, "batch tokens dim"],
+        condition: Float[Tensor, "batch dim"],
+        positions: RotaryTable | None,
+        keep: Int[Tensor, "batch kept"] | None,
+        features: dict[int, Tensor],
+    ) -> Float[Tensor, "batch tokens dim"]:
+        x = embedded
+        if keep is not None:
+            x, positions = keep_tokens(x, keep), positions and positions.keep(keep)
+        for layer, block in enumerate(self.blocks[: self.num_encoder_blocks], 1):
+            x = features[layer] = block(x, condition, positions)
+        return x if keep is None else restore_tokens(x, keep, embedded)
 
     def _initialize(self) -> None:
         for name, p in self.named_parameters():
@@ -317,6 +346,16 @@ def unpatchify(
     """Put patches together; unlike in `patchify`, a token's features are (row, column, channel)."""
     pattern = "b (h w) (p q c) -> b c (h p) (w q)"
     return rearrange(tokens, pattern, h=grid, w=grid, p=patch_size, q=patch_size)
+
+
+def _pick(features: dict[int, Tensor], layer: int | None) -> Tensor | None:
+    if layer is None:
+        return None
+    if layer not in features:
+        raise ValueError(
+            f"feature_layer must be one of the blocks run, {sorted(features)}; got {layer}"
+        )
+    return features[layer]
 
 
 def _make_norm(kind: NormKind, dim: int) -> nn.Module:

@@ -118,7 +118,7 @@ def objective_keys(transport: Mapping[str, Any]) -> dict[str, Any]:
         "prediction": prediction,
         "weight": weight,
         "time": "logit_normal" if transport.get("use_lognorm", False) else "uniform",
-        "direction_weight": 1.0 if transport.get("use_cosine_loss", False) else 0.0,
+        "direction": {"weight": 1.0} if transport.get("use_cosine_loss", False) else None,
         "eps": transport.get("train_eps"),
     }
 
@@ -157,7 +157,7 @@ def official_config(recipe: Recipe) -> dict[str, Any]:
             "loss_weight": None if objective.weight == "none" else objective.weight,
             "sample_eps": sampling.eps,
             "train_eps": objective.eps,
-            "use_cosine_loss": objective.direction_weight == 1,
+            "use_cosine_loss": objective.direction is not None,
             "use_lognorm": objective.time == "logit_normal",
         },
         "sample": _official_sample(recipe),

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor
 
 from udiff.autoencoders.posterior import PosteriorLatents
+from udiff.diffusion.compose import Composed, compose
 from udiff.diffusion.conditions import LabelDropout
 from udiff.models.lightningdit.network import Layers, LightningDiT
 from udiff.models.lightningdit.settings import (
@@ -19,7 +20,8 @@ from udiff.models.lightningdit.settings import (
     ObjectiveSettings,
     TransportSampling,
 )
-from udiff.models.lightningdit.transport import Transport, make_objective, make_sampler
+from udiff.models.lightningdit.transport import Transport, make_flow_matching, make_sampler
+from udiff.samplers.reuse import RefreshPlan
 from udiff.settings import AutoencoderSettings, OptimizerSettings
 from udiff.system import FamilyRecipe, Guidance, Phase, Sampling, System, Task
 
@@ -47,31 +49,41 @@ class Recipe(FamilyRecipe):
     optimizer: OptimizerSettings
     sampling: TransportSampling = TransportSampling()
 
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        reuse = self.sampling.reuse
+        if (self.objective.masked or reuse) and not self.network.num_encoder_blocks:
+            name = "objective.masked" if self.objective.masked else "sampling.reuse"
+            raise ValueError(f"{name} needs an encoder: set network.num_encoder_blocks")
+        if reuse and reuse.choice == "dynamic" and self.sampling.method == "dopri5":
+            raise ValueError("sampling.reuse.choice dynamic needs a method with fixed steps")
+        return self
+
     def build(self) -> System:
         """Make network, objective and task."""
         denoiser = self.build_network()
-        dropout = LabelDropout(self.num_classes, self.objective.label_dropout_prob)
+        composed = self._compose()
         objective = PosteriorLatents(
-            make_objective(self.objective, self._transport(), dropout),
-            *self.autoencoder.statistics(self.latent.channels),
+            composed.objective, *self.autoencoder.statistics(self.latent.channels)
         )
+        reuse = self.sampling.reuse
+        plan = RefreshPlan(denoiser, reuse) if reuse else None
+        start = partial(self._start, plan)
         return System(
-            modules={"denoiser": denoiser},
+            modules={"denoiser": denoiser, **composed.modules},
             phases=(
                 Phase(
                     "denoiser",
-                    modules=("denoiser",),
+                    modules=("denoiser", *composed.modules),
                     draw=objective.draw,
                     loss=partial(objective, denoiser),
                     optimizer=self.optimizer,
                 ),
             ),
-            columns=("latent_mean", "latent_logvar", "label"),
+            columns=("latent_mean", "latent_logvar", "label", *composed.columns),
             shard_units=tuple(denoiser.blocks),
             ema_modules=("denoiser",),
-            tasks={
-                "class_to_image": Task("class_to_image", ClassToImage, self._start, denoiser),
-            },
+            tasks={"class_to_image": Task("class_to_image", ClassToImage, start, denoiser)},
         )
 
     def build_network(self) -> LightningDiT:
@@ -81,24 +93,49 @@ class Recipe(FamilyRecipe):
             self.network, self.latent, num_classes=self.num_classes, null_label=null_label
         )
 
+    def _compose(self) -> Composed:
+        transport = self._transport()
+        dropout = LabelDropout(self.num_classes, self.objective.label_dropout_prob)
+        return compose(
+            make_flow_matching(self.objective, transport, dropout),
+            self.objective,
+            dim=self.network.dim,
+            num_tokens=(self.latent.height // self.network.patch_size) ** 2,
+            path=transport.path,
+            masked=self.objective.masked,
+            prediction=transport.prediction,
+        )
+
     def _transport(self) -> Transport:
         return Transport.make(self.objective, sample_eps=self.sampling.eps)
 
-    def _start(self, request: ClassToImage, *, device: torch.device) -> Sampling:
+    def _start(
+        self, plan: RefreshPlan | None, request: ClassToImage, *, device: torch.device
+    ) -> Sampling:
         guidance = self._guidance(request.guidance_scale)
         if request.label >= self.num_classes:
             raise ValueError(f"label must be in 0..{self.num_classes - 1}, got {request.label}")
-        normals = self._normals(request.seed, device)
+        num_steps = request.num_steps or self.sampling.num_steps
+        begin = partial(self._begin, num_steps=num_steps, guidance=guidance, device=device)
+        sampling = begin(request.label, request.seed)
+        if plan is None:
+            return sampling
+        return plan.apply(
+            sampling,
+            key=(num_steps, guidance, self.sampling, device),
+            begin=lambda number, seed: begin(number % self.num_classes, seed),
+        )
+
+    def _begin(
+        self, label: int, seed: int, *, num_steps: int, guidance: Guidance, device: torch.device
+    ) -> Sampling:
+        normals = self._normals(seed, device)
         steps = make_sampler(
-            self.sampling,
-            self._transport(),
-            next(normals),
-            num_steps=request.num_steps or self.sampling.num_steps,
-            normals=normals,
+            self.sampling, self._transport(), next(normals), num_steps=num_steps, normals=normals
         )
         return Sampling(
             steps,
-            conditions={"label": torch.tensor(request.label, device=device)},
+            conditions={"label": torch.tensor(label, device=device)},
             null_conditions={"label": torch.tensor(self.num_classes, device=device)},
             guidance=guidance,
         )

@@ -4,7 +4,15 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from udiff.settings import Fraction, SamplingSettings, Settings
+from udiff.settings import (
+    DirectionSettings,
+    ExtraLossSettings,
+    Fraction,
+    MaskedSettings,
+    ReuseSettings,
+    SamplingSettings,
+    Settings,
+)
 
 PathName = Literal["linear", "gvp", "vp"]
 PredictionName = Literal["velocity", "noise", "data", "score"]
@@ -30,6 +38,9 @@ class NetworkSettings(Settings):
     shift: bool = True
     """Whether the blocks' modulation shifts, beside scaling."""
     learn_sigma: bool = False
+    num_encoder_blocks: int = Field(default=0, ge=0)
+    """First blocks, whose change to the tokens can be reused between sampling steps, and which
+    masked training shows only some tokens."""
 
     @model_validator(mode="after")
     def _check(self) -> "NetworkSettings":
@@ -41,6 +52,10 @@ class NetworkSettings(Settings):
             raise ValueError(
                 f"dim {self.dim} must be a multiple of 4 x num_heads ({self.num_heads}), for rotary"
                 " positions in two dimensions"
+            )
+        if self.num_encoder_blocks >= self.depth:
+            raise ValueError(
+                f"num_encoder_blocks {self.num_encoder_blocks} must be below depth {self.depth}"
             )
         return self
 
@@ -59,7 +74,7 @@ class LatentSettings(Settings):
         return self
 
 
-class ObjectiveSettings(Settings):
+class ObjectiveSettings(ExtraLossSettings):
     """Path, prediction, times and losses."""
 
     path: PathName = "linear"
@@ -73,8 +88,9 @@ class ObjectiveSettings(Settings):
     """Times of those batches that are restricted."""
     time_range_prob: Fraction = 1.0
     """How many batches that are."""
-    direction_weight: float = Field(default=1.0, ge=0)
-    """Of the velocity-direction loss; 0 leaves it out."""
+    direction: DirectionSettings | None = DirectionSettings()
+    masked: MaskedSettings | None = None
+    """A second pass whose first `network.num_encoder_blocks` see only some tokens."""
     label_dropout_prob: Fraction = 0.1
     """0 gives a network without null label, which can't be guided."""
     eps: float | None = Field(default=None, ge=0, lt=0.5)
@@ -108,3 +124,5 @@ class TransportSampling(SamplingSettings):
     """The SDE's final step, without noise."""
     eps: float | None = Field(default=None, ge=0, lt=0.5)
     """As `objective.eps`, for sampling."""
+    reuse: ReuseSettings | None = None
+    """Runs the first `network.num_encoder_blocks` only at some steps."""

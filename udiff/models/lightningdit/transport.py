@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from udiff.diffusion.conditions import LabelDropout
-from udiff.diffusion.direction import VelocityDirection
 from udiff.diffusion.flow_matching import (
     FlowMatching,
     LossWeight,
@@ -17,7 +16,6 @@ from udiff.diffusion.flow_matching import (
     likelihood_weight,
     velocity_weight,
 )
-from udiff.diffusion.objective import Objective
 from udiff.diffusion.parameterization import DATA, NOISE, SCORE, VELOCITY, Parameterization
 from udiff.diffusion.path import GVPPath, LinearPath, Path, VPPath
 from udiff.diffusion.time import (
@@ -111,21 +109,16 @@ class Transport:
         return eps if singular or at_start else 0.0, 1 - eps if singular or at_end else 1.0
 
 
-def make_objective(
+def make_flow_matching(
     settings: ObjectiveSettings, transport: Transport, conditions: LabelDropout
-) -> Objective:
-    """Put the training objective together."""
-    flow_matching = FlowMatching(
+) -> FlowMatching:
+    """Make the objective that other losses are put around."""
+    return FlowMatching(
         transport.path,
         _make_time(settings, transport.training_interval),
         conditions,
         transport.prediction,
         WEIGHTS[settings.weight],
-    )
-    if not settings.direction_weight:
-        return flow_matching
-    return VelocityDirection(
-        flow_matching, transport.path, transport.prediction, settings.direction_weight
     )
 
 

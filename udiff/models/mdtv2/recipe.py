@@ -1,0 +1,217 @@
+"""What an MDTv2 (or MDT) recipe can say, and the system that it makes."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from udiff.autoencoders.posterior import PosteriorLatents
+from udiff.diffusion.compose import Composed, compose
+from udiff.diffusion.conditions import LabelDropout
+from udiff.diffusion.gaussian import NoiseSchedule, linear_betas, spaced_timesteps
+from udiff.diffusion.gaussian_loss import GaussianObjective, SquaredError, VariationalBound
+from udiff.diffusion.gaussian_reverse import (
+    FixedLarge,
+    LearnedRange,
+    NoisePrediction,
+    ReverseProcess,
+)
+from udiff.diffusion.masked_pass import FixedMaskRatio, MaskedPass, MaskRatio, UniformMaskRatio
+from udiff.diffusion.objective import Objective
+from udiff.diffusion.parameterization import NOISE
+from udiff.diffusion.schedule_path import SchedulePath
+from udiff.diffusion.timesteps import ImportanceSampled, LossSecondMoment, UniformTimesteps
+from udiff.models.mdtv2.guidance import PowerCosine
+from udiff.models.mdtv2.layers import BlockSizes
+from udiff.models.mdtv2.network import MDT, MaskedTransformer, MDTv2
+from udiff.models.mdtv2.settings import (
+    NUM_TIMESTEPS,
+    LatentSettings,
+    NetworkSettings,
+    ObjectiveSettings,
+    SamplingSettings,
+)
+from udiff.samplers.ddim import ddim
+from udiff.samplers.ddpm import ddpm
+from udiff.samplers.reuse import RefreshPlan
+from udiff.settings import AutoencoderSettings, OptimizerSettings
+from udiff.system import FamilyRecipe, Guidance, Phase, Sampling, Steps, System, Task
+
+
+class ClassToImage(BaseModel):
+    """A request for one picture of a class; what is left open comes from the recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    num_steps: Annotated[int, Field(ge=2, le=NUM_TIMESTEPS)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+
+
+class Recipe(FamilyRecipe):
+    """A run of MDTv2 or MDT."""
+
+    family: Literal["mdtv2"]
+    network: NetworkSettings
+    latent: LatentSettings
+    num_classes: PositiveInt
+    autoencoder: AutoencoderSettings
+    objective: ObjectiveSettings = ObjectiveSettings()
+    optimizer: OptimizerSettings
+    sampling: SamplingSettings = SamplingSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.latent.height % self.network.patch_size:
+            raise ValueError(
+                f"latent.height {self.latent.height} must be a multiple of network.patch_size "
+                f"{self.network.patch_size}"
+            )
+        return self
+
+    def build(self) -> System:
+        """Make network, objective and task."""
+        denoiser = self.build_network()
+        objective, learned = self._objective()
+        composed = self._compose(objective)
+        latents = PosteriorLatents(
+            composed.objective, *self.autoencoder.statistics(self.latent.channels)
+        )
+        reuse = self.sampling.reuse
+        plan = RefreshPlan(denoiser, reuse) if reuse else None
+        start = partial(self._start, plan)
+        phase = Phase(
+            "denoiser",
+            modules=("denoiser", *composed.modules),
+            draw=latents.draw,
+            loss=partial(latents, denoiser),
+            optimizer=self.optimizer,
+        )
+        return System(
+            modules={"denoiser": denoiser, **learned, **composed.modules},
+            phases=(phase,),
+            columns=("latent_mean", "latent_logvar", "label", *composed.columns),
+            shard_units=denoiser.all_blocks,
+            ema_modules=("denoiser",),
+            tasks={"class_to_image": Task("class_to_image", ClassToImage, start, denoiser)},
+        )
+
+    def build_network(self) -> MaskedTransformer:
+        """Make the network alone."""
+        settings, channels = self.network, self.latent.channels
+        is_learned = self.objective.variance == "learned"
+        version = MDT if settings.version == 1 else MDTv2
+        network = version(
+            BlockSizes(settings.dim, settings.num_heads, self._grid_size(), settings.mlp_ratio),
+            depth=settings.depth,
+            num_decoder_blocks=settings.num_decoder_blocks,
+            patch_size=settings.patch_size,
+            in_channels=channels,
+            out_channels=2 * channels if is_learned else channels,
+            num_labels=self.num_classes + (self.objective.label_dropout_prob > 0),
+        )
+        if self.objective.mask_ratio is None:
+            network.mask_token.requires_grad_(False)
+            network.sideblocks.requires_grad_(False)
+        return network
+
+    def _grid_size(self) -> int:
+        return self.latent.height // self.network.patch_size
+
+    def _process(self) -> ReverseProcess:
+        variance = LearnedRange() if self.objective.variance == "learned" else FixedLarge()
+        schedule = NoiseSchedule.of(linear_betas(NUM_TIMESTEPS))
+        return ReverseProcess(schedule, NoisePrediction(), variance)
+
+    def _objective(self) -> tuple[Objective, dict[str, nn.Module]]:
+        """Compose the objective; what it learns of its own goes into the checkpoints."""
+        settings = self.objective
+        bound = {"vb": VariationalBound()} if settings.variance == "learned" else {}
+        objective: Objective = GaussianObjective(
+            self._process(),
+            UniformTimesteps(NUM_TIMESTEPS),
+            LabelDropout(self.num_classes, settings.label_dropout_prob),
+            {"mse": SquaredError(settings.snr_cap), **bound},
+        )
+        if settings.mask_ratio is not None:
+            num_tokens = self._grid_size() ** 2
+            objective = MaskedPass(objective, self._mask_ratio(), num_tokens, ("timestep",))
+        if settings.timesteps == "uniform":
+            return objective, {}
+        timesteps = LossSecondMoment(NUM_TIMESTEPS)
+        return ImportanceSampled(objective, timesteps), {"timesteps": timesteps}
+
+    def _compose(self, objective: Objective) -> Composed:
+        """Put the losses of other papers around it."""
+        return compose(
+            objective,
+            self.objective,
+            dim=self.network.dim,
+            num_tokens=self._grid_size() ** 2,
+            path=SchedulePath(self._process().schedule),
+            prediction=NOISE,
+            time="timestep",
+        )
+
+    def _mask_ratio(self) -> MaskRatio:
+        low, width = self.objective.mask_ratio, self.objective.mask_ratio_width
+        assert low is not None
+        return UniformMaskRatio(low, width) if width else FixedMaskRatio(low)
+
+    def _start(
+        self, plan: RefreshPlan | None, request: ClassToImage, *, device: torch.device
+    ) -> Sampling:
+        num_steps = request.num_steps or self.sampling.num_steps
+        scale = self.sampling.guidance_scale
+        if request.guidance_scale is not None:
+            scale = request.guidance_scale
+        self._check_request(request.label, scale)
+        begin = partial(self._begin, num_steps=num_steps, scale=scale, device=device)
+        sampling = begin(request.label, request.seed)
+        if plan is None:
+            return sampling
+        return plan.apply(
+            sampling,
+            key=(num_steps, scale, self.sampling, device),
+            begin=lambda number, seed: begin(number % self.num_classes, seed),
+        )
+
+    def _begin(
+        self, label: int, seed: int, *, num_steps: int, scale: float, device: torch.device
+    ) -> Sampling:
+        schedule = PowerCosine(scale, self.sampling.guidance_power, NUM_TIMESTEPS)
+        return Sampling(
+            self._steps(seed, num_steps, device),
+            conditions={"label": torch.tensor(label, device=device)},
+            null_conditions={"label": torch.tensor(self.num_classes, device=device)},
+            guidance=Guidance(schedule=schedule, channels=self.sampling.guidance_channels),
+        )
+
+    def _check_request(self, label: int, scale: float) -> None:
+        if label >= self.num_classes:
+            raise ValueError(f"label must be in 0..{self.num_classes - 1}, got {label}")
+        if scale != 1 and not self.objective.label_dropout_prob:
+            raise ValueError(
+                "guidance_scale must be 1 for a network without null label "
+                f"(objective.label_dropout_prob: 0), got {scale}"
+            )
+
+    def _steps(self, seed: int, num_steps: int, device: torch.device) -> Steps:
+        sampling = self.sampling
+        process = self._process().spaced(spaced_timesteps(NUM_TIMESTEPS, str(num_steps)))
+        normals = self._normals(seed, device)
+        if sampling.sampler == "ddpm":
+            return ddpm(next(normals), process, normals=normals, clip=sampling.clip)
+        return ddim(next(normals), process, normals=normals, eta=sampling.eta, clip=sampling.clip)
+
+    def _normals(self, seed: int, device: torch.device) -> Iterator[Tensor]:
+        # Drawn on the CPU, so that a seed gives the same picture on every device.
+        generator = torch.Generator().manual_seed(seed)
+        latent = self.latent
+        shape = (latent.channels, latent.height, latent.width)
+        while True:
+            yield torch.randn(shape, generator=generator).to(device)
