@@ -1,5 +1,6 @@
 """How a job ends: one readable line for what a user can put right, a traceback for a bug."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -20,6 +21,15 @@ _USER_ERRORS = (
     NotADirectoryError,
     PermissionError,
 )
+
+
+def make_parser(module: str, about: str | None) -> argparse.ArgumentParser:
+    """Make the parser of `python -m <module>`, which shows the module's own docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def run_job(job: Callable[[], None], *, failures: tuple[type[Exception], ...] = ()) -> int:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.cluster import connect
-from jobs.console import run_job
+from jobs.console import make_parser, run_job
 from jobs.evaluate import evaluate
 from jobs.fashion_mnist import write_fashion_mnist
 from jobs.prepare import prepare_latents, prepare_pictures
@@ -197,11 +197,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("jobs.demo", __doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="(default: runs/demo)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     options = parser.parse_args(arguments)

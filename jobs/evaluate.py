@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from jobs.cluster import connect
-from jobs.console import run_job
+from jobs.console import make_parser, run_job
 from jobs.sample import label_names
 from pipelines.features import extract_features
 from pipelines.generate import generate_pictures
@@ -122,11 +122,7 @@ def _run(options: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("jobs.evaluate", __doc__)
     add = parser.add_argument
     add("--bundle", required=True, help="folder of the bundle")
     add("--reference", required=True, help="pictures cache: held-out pictures")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import connect
-from jobs.console import run_job
+from jobs.console import make_parser, run_job
 from pipelines.latents import LatentsSettings, make_latents, plan_latents
 from pipelines.pictures import PicturesSettings, make_pictures, plan_pictures
 from pipelines.schedule import FailedUnitsError, PrepareReport
@@ -50,11 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("jobs.prepare", __doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="{pictures,latents}")
     _add_pictures(_command(kinds, "pictures", "web shards -> square pictures"))
     _add_latents(_command(kinds, "latents", "pictures -> latents of an autoencoder"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import connect
-from jobs.console import run_job
+from jobs.console import make_parser, run_job
 from jobs.picture_grid import draw_grid
 from pipelines.generate import generate_pictures
 from udiff.bundle import load_bundle
@@ -87,11 +87,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("jobs.sample", __doc__)
     add = parser.add_argument
     add("--bundle", required=True, help="folder of the bundle")
     add("--out", type=Path, default=Path("samples.png"), help="(default: %(default)s)")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import connect
-from jobs.console import UserError, run_job
+from jobs.console import UserError, make_parser, run_job
 from jobs.follow import follow_run
 from udiff.data.manifest import identity_difference
 from udiff.data.storage import open_folder
@@ -102,12 +102,22 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
 
 def _with_absolute_paths(recipe: FamilyRecipe) -> FamilyRecipe:
     """Workers have working folders of their own."""
-    changes: dict[str, Any] = {}
+    changes = _absolute_paths(recipe.model_dump(mode="json"))
     if recipe.data.cache:
         changes["data"] = {"cache": str(open_folder(recipe.data.cache))}
-    if recipe.autoencoder and Path(recipe.autoencoder.path).exists():
-        changes["autoencoder"] = {"path": str(Path(recipe.autoencoder.path).absolute())}
     return update_recipe(recipe, changes)
+
+
+def _absolute_paths(keys: dict[str, Any]) -> dict[str, Any]:
+    """List the keys of files and folders of this machine, nested, with absolute values."""
+    found: dict[str, Any] = {}
+    for key, value in keys.items():
+        if isinstance(value, dict):
+            if inside := _absolute_paths(value):
+                found[key] = inside
+        elif key.endswith(("path", "initialize_from")) and value and Path(value).exists():
+            found[key] = str(Path(value).absolute())
+    return found
 
 
 def _claim(folder: Path, recipe: FamilyRecipe) -> None:
@@ -152,11 +162,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("jobs.train", __doc__)
     add = parser.add_argument
     add("--recipe", required=True, help="name (ddt/debug) or path of a YAML file")
     add("--run", required=True, help="run folder, made or continued")
