@@ -99,10 +99,10 @@ def run_units(
 
 
 def run_tasks(
-    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]]
+    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], *, gpus: float = 0
 ) -> list[Result]:
     """Call a function with each of the arguments, in a task of its own; results in order."""
-    task = ray.remote(max_retries=_MAX_RETRIES)(function)
+    task = ray.remote(max_retries=_MAX_RETRIES, num_gpus=gpus)(function)
     try:
         return ray.get([task.remote(*each) for each in arguments])
     except ray.exceptions.RayTaskError as error:

@@ -106,10 +106,9 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         self.down = nn.ModuleList()
         for level, out_channels in enumerate(architecture.level_channels):
-            stage = nn.Module()
             attended = level in architecture.encoder_attention
             count = architecture.blocks_per_level
-            stage.block, stage.attn = make.blocks(channels, out_channels, count, attended)
+            stage = Level(make, channels, out_channels, count=count, attended=attended)
             channels = out_channels
             if level < len(architecture.multipliers) - 1:
                 stage.downsample = Downsample(channels)
@@ -122,9 +121,7 @@ class Encoder(nn.Module):
         """Encode."""
         x = self.conv_in(pixels)
         for stage in self.down:
-            x = _run_stage(stage, x)
-            if hasattr(stage, "downsample"):
-                x = stage.downsample(x)
+            x = stage(x)
         return self.conv_out(silu(self.norm_out(self.mid(x))))
 
 
@@ -138,10 +135,9 @@ class Decoder(nn.Module):
         self.mid = Middle(make, channels)
         stages = []
         for level, out_channels in reversed(list(enumerate(architecture.level_channels))):
-            stage = nn.Module()
             attended = level in architecture.decoder_attention
             count = architecture.blocks_per_level + 1
-            stage.block, stage.attn = make.blocks(channels, out_channels, count, attended)
+            stage = Level(make, channels, out_channels, count=count, attended=attended)
             channels = out_channels
             if level:
                 stage.upsample = Upsample(channels)
@@ -154,10 +150,33 @@ class Decoder(nn.Module):
         """Decode."""
         x = self.mid(self.conv_in(hidden))
         for stage in reversed(self.up):
-            x = _run_stage(stage, x)
-            if hasattr(stage, "upsample"):
-                x = stage.upsample(x)
+            x = stage(x)
         return self.conv_out(silu(self.norm_out(x)))
+
+
+class Level(nn.Module):
+    """Blocks of one resolution, all or none of them followed by attention, and what leaves it."""
+
+    def __init__(
+        self, make: "_Maker", in_channels: int, out_channels: int, *, count: int, attended: bool
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (count - 1)
+        self.block = nn.ModuleList(make.block(width, out_channels) for width in widths)
+        attentions = count if attended else 0
+        self.attn = nn.ModuleList(make.attention(out_channels) for _ in range(attentions))
+        self.downsample: nn.Module | None = None
+        self.upsample: nn.Module | None = None
+
+    def forward(self, x: Activations) -> Changed:
+        """Run the blocks, then leave for the next resolution."""
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[index](x)
+        for leave in (self.downsample, self.upsample):
+            x = leave(x) if leave is not None else x
+        return x
 
 
 class Middle(nn.Module):
@@ -254,23 +273,6 @@ class _Maker:
 
     def attention(self, channels: int) -> AttentionBlock:
         return AttentionBlock(channels, norm_groups=self.architecture.norm_groups)
-
-    def blocks(
-        self, in_channels: int, out_channels: int, count: int, attended: bool
-    ) -> tuple[nn.ModuleList, nn.ModuleList]:
-        """Make the blocks of a level, and as many attentions or none."""
-        widths = [in_channels] + [out_channels] * (count - 1)
-        blocks = [self.block(width, out_channels) for width in widths]
-        attentions = [self.attention(out_channels) for _ in range(count if attended else 0)]
-        return nn.ModuleList(blocks), nn.ModuleList(attentions)
-
-
-def _run_stage(stage: nn.Module, x: Tensor) -> Tensor:
-    for index, block in enumerate(stage.block):
-        x = block(x)
-        if len(stage.attn):
-            x = stage.attn[index](x)
-    return x
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:

@@ -144,10 +144,9 @@ def rename_heads(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _torchvision_weights() -> dict[str, Tensor]:
     from torchvision.models import VGG16_Weights, vgg16
 
-    layers = vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features
-    return rename_vgg(
-        {i: (c.weight, c.bias) for i, c in enumerate(layers) if isinstance(c, nn.Conv2d)}
-    )
+    weights = vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features.state_dict()
+    layers = {int(key.partition(".")[0]) for key in weights}
+    return rename_vgg({n: (weights[f"{n}.weight"], weights[f"{n}.bias"]) for n in layers})
 
 
 def _package_heads() -> dict[str, Tensor]:

@@ -92,7 +92,10 @@ def load_foundation(
 
 def make_foundation(timm_name: str, *, pretrained: bool = False) -> VisionTransformer:
     """Make a vision transformer that takes pictures of any size."""
-    return create_model(timm_name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+    model = create_model(timm_name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"timm's {timm_name} is no vision transformer")
+    return model
 
 
 def _normalize(pixels: Tensor) -> Tensor:

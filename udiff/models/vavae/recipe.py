@@ -62,7 +62,8 @@ class Recipe(FamilyRecipe):
 
     def build(self) -> System:
         """Make autoencoder, discriminator and projection, and a phase for either side."""
-        modules: dict[str, nn.Module] = {"autoencoder": self.build_autoencoder()}
+        autoencoder = self.build_autoencoder()
+        modules: dict[str, nn.Module] = {"autoencoder": autoencoder}
         objective = self.objective
         if objective.alignment:
             modules["projection"] = make_projection(
@@ -77,7 +78,7 @@ class Recipe(FamilyRecipe):
                 "autoencoder",
                 learners,
                 generator.draw,
-                on_pixels(partial(generator, modules["autoencoder"])),
+                on_pixels(partial(generator, autoencoder)),
                 self.optimizer,
             )
         ]
