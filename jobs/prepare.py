@@ -93,6 +93,7 @@ def _add_latents(parser: argparse.ArgumentParser) -> None:
     add("row-group-size", "rows of a parquet row group", type=int)
     add("threads", "CPU threads of a worker", type=int)
     add("gpus", "GPUs of a worker; 0 encodes on the CPU", type=float)
+    add("keep-image", "carry the pictures along, for REPA's teacher", action="store_true")
     add("workers", "processes; None for as many as the cluster has room for", type=int)
 
 

@@ -42,6 +42,8 @@ class LatentsSettings(Settings):
     output: str
     autoencoder: str
     """Hub id, a diffusers folder, or a bundle of an autoencoder family."""
+    keep_image: bool = False
+    """Carry the pictures along, for teachers that look at them in training."""
     batch_size: PositiveInt = 32
     """Pictures per network call; changes the last bits of the latents."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -154,7 +156,7 @@ def make_latents(settings: LatentsSettings, plan: Plan) -> PrepareReport:
     )
     write = WriteUnit(
         output,
-        schema=latents_schema(plan.shapes["latent_mean"]),
+        schema=latents_schema(plan.shapes["latent_mean"], image_shape=plan.shapes.get("image")),
         plan=plan.fingerprint,
         row_group_size=settings.row_group_size,
     )
@@ -177,6 +179,7 @@ def _plan(
 ) -> Plan:
     content = hashlib.sha256(pictures.read(MANIFEST) + pictures.read(PLAN)).hexdigest()
     latent = {"autoencoder": made_by, "dtype": _DTYPES[settings.precision]}
+    image = {"image": manifest.shapes["image"]} if settings.keep_image else {}
     return Plan(
         kind="latents",
         identity={**manifest.identity, "latent": latent},
@@ -187,6 +190,6 @@ def _plan(
             "device": settings.device,
         },
         inputs={"pictures": content},
-        shapes={"latent_mean": latent_shape, "latent_logvar": latent_shape},
+        shapes={"latent_mean": latent_shape, "latent_logvar": latent_shape} | image,
         class_names=manifest.class_names,
     )

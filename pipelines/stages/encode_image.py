@@ -23,7 +23,7 @@ class EncodeImage:
     Batches are cut inside the unit in row order, so that its bytes do not depend on its neighbors.
 
     Reads: image (PNG bytes, size x size, RGB).
-    Writes: latent_mean, latent_logvar, float16 (channels, height / f, width / f); drops image.
+    Writes: latent_mean, latent_logvar, float16 (channels, height / f, width / f).
     Refuses: pictures that cannot be decoded, and latents that float16 cannot hold.
     """
 
@@ -73,14 +73,14 @@ class EncodeImage:
             raise Refusal(Reason.CORRUPT, error) from error
         if image.shape != (self._size, self._size, 3):
             raise Refusal(Reason.UNSUPPORTED, f"picture of shape {image.shape}")
-        return {**row, "image": image}
+        return {**row, "decoded": image}
 
     def _add(self, encoded: Rows, rows: Sequence[Row]) -> None:
         if not rows:
             return
-        means, logvars = self._encode(np.stack([row["image"] for row in rows]))
+        means, logvars = self._encode(np.stack([row["decoded"] for row in rows]))
         for row, mean, logvar in zip(rows, means, logvars, strict=True):
-            rest = {name: value for name, value in row.items() if name != "image"}
+            rest = {name: value for name, value in row.items() if name != "decoded"}
             encoded.add({**rest, "latent_mean": mean, "latent_logvar": logvar}, check_finite)
 
     @torch.inference_mode()

@@ -132,14 +132,13 @@ def _whole():
     return make_sample(_png(0), "a", 0)
 
 
-def _latents_chain(pictures, autoencoder, output, batch_size=4):
-    settings = LatentsSettings(
-        input=str(pictures), output=str(output), autoencoder=str(autoencoder), batch_size=batch_size
-    )
+def _latents_chain(pictures, autoencoder, output, **changes):
+    paths = {"input": str(pictures), "output": str(output), "autoencoder": str(autoencoder)}
+    settings = LatentsSettings(**{"batch_size": 4, **paths, **changes})
     plan = plan_latents(settings)
     write = WriteUnit(
         open_folder(output),
-        schema=latents_schema(plan.shapes["latent_mean"]),
+        schema=latents_schema(plan.shapes["latent_mean"], image_shape=plan.shapes.get("image")),
         plan=plan.fingerprint,
         row_group_size=4,
     )
@@ -170,6 +169,17 @@ def test_latents_are_the_moments_of_each_picture(pictures, autoencoder, tmp_path
     variance = moments.mean.var((0, 2, 3), correction=0) + moments.logvar.exp().mean((0, 2, 3))
     np.testing.assert_allclose(manifest.latent_statistics.std, variance.sqrt(), rtol=1e-3)
     assert manifest.identity["image"] == read_manifest(pictures).identity["image"]
+
+
+def test_pictures_that_are_kept_stand_beside_their_latents(pictures, autoencoder, tmp_path):
+    plan, chain = _latents_chain(pictures, autoencoder, tmp_path, keep_image=True)
+    for unit in _units(pictures):
+        chain(unit)
+    manifest = finish(open_folder(tmp_path), plan, [unit.name for unit in _units(pictures)])
+    made, table = pq.read_table(tmp_path / "data"), pq.read_table(pictures / "data")
+    assert made["image"] == table["image"]
+    assert manifest.shapes["image"] == (32, 32, 3)
+    assert {"latent_mean", "latent_logvar"} <= set(made.column_names)
 
 
 def test_a_damaged_picture_is_rejected_and_a_damaged_file_fails(pictures, autoencoder, tmp_path):

@@ -36,14 +36,23 @@ REJECTED_SCHEMA = pa.schema(
 
 def pictures_schema(size: int) -> pa.Schema:
     """Describe a cache of square pictures: `image` holds PNG bytes, uint8 RGB once decoded."""
-    shape = _shape_metadata((size, size, 3))
-    return pa.schema([*_SAMPLE, pa.field("image", pa.binary(), nullable=False, metadata=shape)])
+    return pa.schema([*_SAMPLE, image_field((size, size, 3))])
 
 
-def latents_schema(shape: Sequence[int]) -> pa.Schema:
-    """Describe a cache of latents (channels, height, width): raw means and log variances."""
-    tensors = [tensor_field(name, shape) for name in ("latent_mean", "latent_logvar")]
-    return pa.schema([*_SAMPLE, *tensors])
+def latents_schema(shape: Sequence[int], *, image_shape: Sequence[int] | None = None) -> pa.Schema:
+    """Describe a cache of latents (channels, height, width): raw posterior means, log variances.
+
+    With `image_shape` the pictures that they were made from stand beside them.
+    """
+    fields = [*_SAMPLE, *(tensor_field(name, shape) for name in ("latent_mean", "latent_logvar"))]
+    if image_shape is not None:
+        fields.append(image_field(image_shape))
+    return pa.schema(fields)
+
+
+def image_field(shape: Sequence[int]) -> pa.Field:
+    """Describe the column of pictures: PNG bytes, uint8 (height, width, 3) once decoded."""
+    return pa.field("image", pa.binary(), nullable=False, metadata=_shape_metadata(shape))
 
 
 def tensor_field(name: str, shape: Sequence[int]) -> pa.Field:
