@@ -1,4 +1,4 @@
-"""Classes from file names, `ClassID_ImgID.jpg` anywhere below a folder, as ADM and MDT read them."""
+"""Classes from file names, `ClassID_ImgID.jpg` anywhere below a folder, as ADM reads them."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath

@@ -23,7 +23,7 @@ RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
 
 class RecipeError(ValueError):
-    """A recipe that can't be used; the message names the dotted key, its value and what is allowed."""
+    """A recipe that can't be used; names the dotted key, its value and what is allowed."""
 
 
 def families() -> list[str]:

@@ -31,7 +31,7 @@ class ScheduledSettings(Settings):
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     final_lr_ratio: Fraction = 1.0
-    """Learning rate at the end, as a fraction of `lr`, reached along a cosine; 1 keeps it constant."""
+    """Learning rate at the end over `lr`, reached along a cosine; 1 keeps it constant."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient over all of the phase's parameters."""
 
@@ -68,14 +68,14 @@ OptimizerSettings = Annotated[
 
 
 class EmaSettings(Settings):
-    """Moving average of the weights: decay min(decay, (1 + step) / (10 + step)) where warm-up is on."""
+    """Moving average of the weights; with warm-up by min(decay, (1 + step) / (10 + step))."""
 
     decay: float = Field(gt=0, lt=1)
     warmup: bool = False
 
 
 class TrainSettings(Settings):
-    """How long and how a run trains; nothing here changes what is learned but batch and precision."""
+    """How long and how a run trains; only batch and precision change what is learned."""
 
     images: PositiveInt
     """Length of the run in training samples."""
@@ -91,7 +91,7 @@ class TrainSettings(Settings):
     activation_checkpointing: bool = False
     """Keep each block's input alone, and compute it anew in the backward pass."""
     checkpoint_every: PositiveInt = 10_000
-    """Steps between training checkpoints; there is always one before the first step and at the end."""
+    """Steps between training checkpoints; one is always made at the start and at the end."""
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10
     seed: int = Field(default=0, ge=0)
@@ -119,11 +119,11 @@ class AutoencoderSettings(Settings):
     """Which autoencoder stands between pixels and latents, and how its latents are normalized."""
 
     path: str
-    """Hub id, a local diffusers folder, a bundle of an autoencoder family, or an official checkpoint
+    """Hub id, local diffusers folder, bundle of an autoencoder family, or official checkpoint
     of the LDM layout (a file, or `<hub id>/<file>`)."""
     normalization: Literal["scale", "channels"] = "scale"
-    """`scale`: the autoencoder's own scaling and shift. `channels`: the cache's mean and std of each
-    channel."""
+    """`scale`: the autoencoder's own scaling and shift. `channels`: mean and std of each channel
+    in the cache."""
     mean: tuple[float, ...] | None = None
     """Per-channel mean of raw latents; a run fills it in from `normalization`."""
     std: tuple[float, ...] | None = None

@@ -89,7 +89,7 @@ class StepRng:
 
 @dataclass(frozen=True)
 class Rng:
-    """Every random number of a run, as a function of (seed, step, phase): resuming needs no state."""
+    """Every random number of a run, a function of (seed, step, phase): resuming needs no state."""
 
     seed: int
     rank: int = 0

@@ -27,7 +27,7 @@ class WeightsError(ValueError):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a safetensors file or a torch checkpoint; nothing but tensors and plain values is loaded.
+    """Read a safetensors file or a torch checkpoint; only tensors and plain values are loaded.
 
     Raises:
         FileNotFoundError: there is no such file.
