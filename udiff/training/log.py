@@ -50,6 +50,11 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
+def select_losses(row: dict[str, float]) -> dict[str, float]:
+    """Select what the phases minimize from a row of metrics: `loss`, or `<phase>/loss` of each."""
+    return {name: value for name, value in row.items() if name.rpartition("/")[2] == "loss"}
+
+
 class FolderLock:
     """Exclusive use of a run folder; the system releases it when the process dies."""
 
