@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from udiff.system import FamilyRecipe
-from udiff.training.log import read_metrics
+from udiff.training.log import read_metrics, select_losses
 
 
 @contextmanager
@@ -34,7 +34,8 @@ def follow_run(folder: Path, recipe: FamilyRecipe) -> Iterator[None]:
         rows = read_metrics(folder)
         if rows:
             last = rows[-1]
-            state = f"loss {last['loss']:.4f}, {last['images_per_s']:.0f} images/s"
+            losses = [f"{name} {value:.4f}" for name, value in select_losses(last).items()]
+            state = f"{', '.join(losses)}, {last['images_per_s']:.0f} images/s"
             bar.update(task, completed=last["step"], state=state)
 
     thread = threading.Thread(target=watch, daemon=True)

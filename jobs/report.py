@@ -12,7 +12,7 @@ import matplotlib as mpl
 mpl.use("agg")
 import matplotlib.pyplot as plt
 
-from udiff.training.log import read_metrics
+from udiff.training.log import read_metrics, select_losses
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>udiff demo</title>
@@ -53,7 +53,9 @@ def _draw_losses(out: Path, runs: list[str]) -> bytes:
     figure, axes = plt.subplots(1, len(runs), figsize=(10, 3.5), layout="constrained")
     for axis, run in zip(axes, runs, strict=True):
         rows = read_metrics(out / run)
-        axis.plot([row["images"] for row in rows], [row["loss"] for row in rows])
+        for name in select_losses(rows[0]):
+            axis.plot([row["images"] for row in rows], [row[name] for row in rows], label=name)
+        axis.legend()
         axis.set(title=run, xlabel="training samples", ylabel="loss", yscale="log")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

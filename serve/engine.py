@@ -55,7 +55,7 @@ class Engine:
         max_rows: int = 32,
         on_tick: Callable[[int], None] = lambda num_rows: None,
     ) -> None:
-        """Load the bundle and sample a first picture of one step, which also warms the device up.
+        """Load the bundle and sample a first picture, which also warms the device up.
 
         Args:
             bundle_path: folder of a bundle that makes pictures of classes.
@@ -121,7 +121,8 @@ class Engine:
             return to_uint8(self._autoencoder.decode(torch.stack(latents))).cpu().numpy()
 
     def _gather_facts(self, bundle: Bundle, model_name: str | None) -> ModelFacts:
-        latents = drive(self._task.network, self._start(Order(label=0, seed=0, num_steps=1)))
+        # Two steps: the fewest that every sampler takes.
+        latents = drive(self._task.network, self._start(Order(label=0, seed=0, num_steps=2)))
         _, height, width, _ = self._decode(latents).shape
         recipe = cast(ClassRecipe, bundle.recipe)
         return ModelFacts(

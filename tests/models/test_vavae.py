@@ -102,7 +102,7 @@ def test_weights_go_in_and_out_bit_for_bit() -> None:
     recipe = _recipe(
         "network={width: 32, multipliers: [1, 1], norm_groups: 32, latent_channels: 3}",
         "objective.logvar=0.1",
-        "objective.adversarial={num_layers: 3, generator_start: 101}",
+        "objective.adversarial={num_layers: 3, generator_start: 101, discriminator_start: 100}",
         "objective.alignment={model: mae, feature_dim: 5}",
     )
     official = convert_out(recipe, _random_weights(recipe))["state_dict"]

@@ -10,12 +10,28 @@ import torch
 from serve.engine import Engine
 from serve.records import EngineStoppedError, InvalidOrderError, Order
 from serve.tick_loop import Job, Picture, TickLoop
+from tests.made import save_autoencoder, save_random_bundle
 from udiff.autoencoders.pixels import to_uint8
 from udiff.bundle import load_bundle, load_latent_decoder
+from udiff.recipe import load_recipe
 from udiff.samplers.ticks import drive, start
 
 ORDER = Order(label=3, seed=7, num_pictures=2, guidance_scale=2.0)
 LONG = Order(label=1, seed=0, num_steps=1000)
+
+
+@pytest.mark.parametrize("family", ["ddt", "lightningdit", "mdtv2"])
+def test_every_class_conditional_family_is_served(tmp_path, family):
+    save_autoencoder(tmp_path / "vae")
+    recipe = load_recipe(f"{family}/debug", [f"autoencoder.path={tmp_path / 'vae'}"])
+    save_random_bundle(tmp_path / "bundle", recipe, seed=2)
+    engine = Engine(str(tmp_path / "bundle"), device="cpu")
+    try:
+        pictures = asyncio.run(engine.generate(Order(label=3, seed=7, num_pictures=2, num_steps=3)))
+        assert pictures.shape == (2, 32, 32, 3)
+        assert engine.facts.name == family
+    finally:
+        engine.close()
 
 
 async def until(condition) -> None:

@@ -98,7 +98,7 @@ def _latent_channels(case: Case) -> int:
 
 @torch.no_grad()
 def _forward(case: Case) -> Outputs:
-    autoencoder, pixels = _autoencoder(case), case.inputs["x"]
+    autoencoder, pixels = _autoencoder(case).eval(), case.inputs["x"]
     network = autoencoder.model
     enc = network.encoder(pixels)
     moments = autoencoder.encode_moments(pixels)
