@@ -25,7 +25,8 @@ serve: setup ## answer on http://127.0.0.1:8000 with the demo's model
 	$(BIN)/python -m jobs.serve --bundle runs/demo/ddt/bundle
 
 test: setup ## all tests
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests/jobs tests/serve tests/training tests/pipelines
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile $(foreach folder,jobs serve training pipelines,--ignore tests/$(folder))
 
 check: setup ## style, types and layers
 	$(BIN)/ruff format --check .

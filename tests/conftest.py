@@ -13,6 +13,8 @@ for package in ("udiff.nn", "udiff.diffusion", "udiff.samplers", "udiff.autoenco
 install_import_hook("udiff.models", "beartype.beartype")
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# A Ray of our own: never one that somebody has left running on this machine.
+os.environ.setdefault("RAY_ADDRESS", "local")
 
 KEPT_CASES = Path(__file__).parent / "golden" / "cases"
 
@@ -24,14 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=KEPT_CASES,
         help="folder of reference vectors: a system's (named after it), or a parent of several",
     )
-
-
-_LONGEST_FIRST = ("tests/jobs", "tests/serve", "tests/training", "tests/pipelines")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that start clusters: what is left at the end is short."""
-    items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST_FIRST))
 
 
 @pytest.fixture(autouse=True)

@@ -77,8 +77,7 @@ def _tag(name: str, tag: str) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    ports = [free_port() for _ in range(4)]
-    gcs, dashboard, metrics, client = ports
+    gcs, dashboard, metrics, client, agent = (free_port() for _ in range(5))
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -93,7 +92,9 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
                 str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2",
                 "--node-ip-address=127.0.0.1", f"--port={gcs}",
                 f"--dashboard-port={dashboard}", f"--metrics-export-port={metrics}",
-                f"--ray-client-server-port={client}", f"--temp-dir=/tmp/udiff-{os.getpid()}",
+                f"--ray-client-server-port={client}",
+                # Its default is one port for all Rays of a machine.
+                f"--dashboard-agent-listen-port={agent}", f"--temp-dir=/tmp/udiff-{os.getpid()}",
             ],
             env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
