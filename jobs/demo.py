@@ -2,7 +2,7 @@
 
     python -m jobs.demo --out runs/demo
 
-Takes about five minutes on 2 CPU cores. Stopped and started again, it goes on where it was.
+Takes about eight minutes on 2 CPU cores. Stopped and started again, it goes on where it was.
 """
 
 import argparse

@@ -40,7 +40,7 @@ def _open(file: bytes, max_pixels: int) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB: on white where transparent, 16 bits scaled to 8."""
     if image.mode == "F":
-        raise NotImplementedError("floating point pixels")
+        raise Refusal(Reason.UNSUPPORTED, "floating point pixels")
     if image.mode.startswith("I"):
         image = _to_8_bits(image)
     if image.has_transparency_data:
@@ -53,7 +53,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > _MAX_UINT16:
-        raise NotImplementedError("32 bits per pixel")
+        raise Refusal(Reason.UNSUPPORTED, "32 bits per pixel")
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 

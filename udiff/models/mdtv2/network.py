@@ -3,6 +3,7 @@
 Attribute names are the official checkpoints' keys. Time is the DDPM timestep: 0 = least noise.
 """
 
+from abc import ABC, abstractmethod
 from typing import cast
 
 import torch
@@ -28,7 +29,7 @@ Condition = Float[Tensor, "batch dim"]
 Features = dict[int, Tensor]
 
 
-class MaskedTransformer(nn.Module):
+class MaskedTransformer(nn.Module, ABC):
     """What both versions share: embeddings, side interpolater, final layer.
 
     A masked pass drops tokens before the encoder; in front of the decoder the side interpolater
@@ -99,17 +100,19 @@ class MaskedTransformer(nn.Module):
         return Prediction(output, _pick(features, feature_layer), state)
 
     @property
+    @abstractmethod
     def all_blocks(self) -> tuple[nn.Module, ...]:
         """Blocks in the order of their execution, the side interpolater last."""
-        raise NotImplementedError
 
     @property
     def _side_block(self) -> Block:
         return cast(Block, self.sideblocks[0])
 
+    @abstractmethod
     def _add_blocks(self, sizes: BlockSizes, num_encoder: int, num_decoder: int) -> None:
-        raise NotImplementedError
+        """Make the blocks under their official names."""
 
+    @abstractmethod
     def _encode(
         self,
         x: Tokens,
@@ -117,12 +120,13 @@ class MaskedTransformer(nn.Module):
         rows: Int[Tensor, "batch tokens tokens"] | None,
         features: Features,
     ) -> Tokens:
-        raise NotImplementedError
+        """Run the blocks before the decoder."""
 
+    @abstractmethod
     def _decode(
         self, x: Tokens, condition: Condition, embedded: Tokens, features: Features
     ) -> Tokens:
-        raise NotImplementedError
+        """Run the decoder's blocks."""
 
     def _interpolate(
         self,
