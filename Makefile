@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check fix golden bench
+.PHONY: help setup demo serve test long check fix golden bench
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -15,7 +15,7 @@ setup: .venv/.done ## build .venv from pyproject.toml and constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "udiff needs Python 3.11 or newer"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[cluster,encoders,demo,dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[cluster,encoders,download,clean,captions,lora,demo,dev]'
 	@touch $@
 
 demo: setup ## the main job on real pictures, from web shards to samples and a report
@@ -24,9 +24,12 @@ demo: setup ## the main job on real pictures, from web shards to samples and a r
 serve: setup ## answer on http://127.0.0.1:8000 with the demo's model
 	$(BIN)/python -m jobs.serve --bundle runs/demo/ddt/bundle
 
-test: setup ## all tests
-	$(BIN)/python -m pytest tests/jobs tests/serve tests/training tests/pipelines
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile $(foreach folder,jobs serve training pipelines,--ignore tests/$(folder))
+test: setup ## all tests but the long ones
+	$(BIN)/python -m pytest -m 'not long' tests/jobs tests/serve tests/training tests/pipelines
+	$(BIN)/python -m pytest -m 'not long' tests -n 2 --dist loadfile $(foreach folder,jobs serve training pipelines,--ignore tests/$(folder))
+
+long: setup ## the long tests: whole runs, killed again and again
+	$(BIN)/python -m pytest -m long tests
 
 check: setup ## style, types and layers
 	$(BIN)/ruff format --check .
