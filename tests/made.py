@@ -1,12 +1,18 @@
 """Small caches and bundles for tests, written by the code that writes real ones."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from torch import nn
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from pipelines.rows import Rows
 from pipelines.shards import Unit
@@ -19,6 +25,10 @@ from udiff.recipe import load_recipe
 from udiff.system import FamilyRecipe
 
 LATENT = (4, 8, 8)
+WORDS = (
+    "a", "an", "the", "red", "green", "blue", "cat", "dog", "bus", "tree", "on", "in", "under",
+    "of", "what", "is", "color", "Q:", "A:",
+)  # fmt: skip
 
 
 def save_random_bundle(path: Path, recipe: FamilyRecipe, *, seed: int) -> None:
@@ -130,3 +140,20 @@ def _latent_row(key: int, draw: np.random.Generator) -> dict:
         "latent_mean": mean,
         "latent_logvar": np.full(LATENT, -4, np.float16),
     }
+
+
+def save_t5(path: Path, *, width: int = 24, words: Sequence[str] = WORDS, seed: int = 4) -> None:
+    """Save a tiny random T5 encoder, and a tokenizer of whole words: pad 0, end 1, unknown 2."""
+    vocabulary = ["<pad>", "</s>", "<unk>", *words, "<extra_id_0>"]
+    tokenizer = Tokenizer(WordLevel({w: k for k, w in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(path)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=40, num_layers=2, num_heads=3,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    T5EncoderModel(config).save_pretrained(path)

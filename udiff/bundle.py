@@ -1,16 +1,18 @@
 """Bundles: what is sampled, served, exported and imported.
 
 A bundle is a folder: `weights.safetensors` (keys `<module>.<parameter>`), `recipe.yaml`,
-`README.md`, and for families that learn on latents `autoencoder/`, a bundle or a diffusers folder
-of its own.
+`README.md`, and under the name of its recipe key every small frozen network that the recipe takes
+from a local path: `autoencoder/` for families that learn on latents, `text_encoder/`, ...
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from safetensors.torch import load_file, save_file
@@ -18,18 +20,19 @@ from torch import Tensor, nn
 
 from udiff.autoencoders.kl import KLAutoencoder, load_diffusers_autoencoder
 from udiff.autoencoders.ldm_checkpoint import load_ldm_autoencoder, names_a_checkpoint
-from udiff.recipe import dump_recipe, parse_recipe, update_recipe
+from udiff.recipe import dump_recipe, parse_recipe
+from udiff.settings import EncoderSettings, Settings
 from udiff.system import FamilyRecipe, System
 from udiff.weights import load_strictly
 
-WEIGHTS, RECIPE, README, AUTOENCODER = (
-    "weights.safetensors",
-    "recipe.yaml",
-    "README.md",
-    "autoencoder",
-)
+WEIGHTS, RECIPE, README = "weights.safetensors", "recipe.yaml", "README.md"
+COPY_LIMIT_BYTES = 2**30
+"""Size up to which a bundle carries an encoder with it."""
 TRAINING_WEIGHTS = "training.safetensors"
 """What only further training needs, of imported checkpoints that have it."""
+
+S = TypeVar("S", bound=Settings)
+ChangeEncoder = Callable[[tuple[str, ...], EncoderSettings], EncoderSettings]
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,7 @@ def load_bundle(path: str | Path) -> Bundle:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not a bundle: it has no {name}")
     recipe = parse_recipe(yaml.safe_load((path / RECIPE).read_text()), source=str(path / RECIPE))
-    if recipe.autoencoder is not None:
-        resolved = recipe.autoencoder.relative_to(path)
-        recipe = recipe.model_copy(update={"autoencoder": resolved})
+    recipe = _map_encoders(recipe, lambda _, encoder: encoder.relative_to(path))
     system = recipe.build()
     _load_weights(system, read_weights(path), path)
     for module in system.modules.values():
@@ -87,7 +88,8 @@ def save_bundle(
 
     Args:
         path: folder of the bundle.
-        recipe: resolved; a local autoencoder that it names is copied into the bundle.
+        recipe: resolved; local encoders that it names are copied into the bundle, but for those
+            above `COPY_LIMIT_BYTES`, which it then names by their absolute path.
         weights: full tensors, keys `<module>.<parameter>`.
         about: text of the README.
         training: tensors that only further training needs; they get a file of their own.
@@ -96,9 +98,7 @@ def save_bundle(
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        if recipe.autoencoder is not None and Path(recipe.autoencoder.path).exists():
-            name = _copy_autoencoder(Path(recipe.autoencoder.path), staged)
-            recipe = update_recipe(recipe, {"autoencoder": {"path": name}})
+        recipe = _map_encoders(recipe, partial(_copy_encoder, folder=staged))
         _save_tensors(weights, staged / WEIGHTS)
         if training:
             _save_tensors(training, staged / TRAINING_WEIGHTS)
@@ -146,14 +146,35 @@ def load_latent_decoder(recipe: FamilyRecipe) -> KLAutoencoder:
     return autoencoder
 
 
-def _copy_autoencoder(path: Path, folder: Path) -> str:
-    """Copy a diffusers folder, a bundle or a checkpoint into a folder; returns its name there."""
+def _map_encoders(settings: S, change: ChangeEncoder, *, keys: tuple[str, ...] = ()) -> S:
+    """Change all encoders that settings hold, at any depth; `change` is told their keys."""
+    changed: dict[str, Settings] = {}
+    for key, value in settings:
+        if isinstance(value, EncoderSettings):
+            changed[key] = change((*keys, key), value)
+        elif isinstance(value, Settings):
+            changed[key] = _map_encoders(value, change, keys=(*keys, key))
+    return settings.model_copy(update=changed)
+
+
+def _copy_encoder(keys: tuple[str, ...], encoder: EncoderSettings, folder: Path) -> EncoderSettings:
+    """Copy a local folder, bundle or checkpoint into a folder, and name it there."""
+    path = Path(encoder.path)
+    if not path.exists():
+        return encoder
+    if _count_bytes(path) > COPY_LIMIT_BYTES:
+        return encoder.model_copy(update={"path": str(path.absolute())})
+    name = "_".join(keys) + ("" if path.is_dir() else path.suffix)
     if path.is_dir():
-        shutil.copytree(path, folder / AUTOENCODER)
-        return AUTOENCODER
-    name = AUTOENCODER + path.suffix
-    shutil.copy2(path, folder / name)
-    return name
+        shutil.copytree(path, folder / name)
+    else:
+        shutil.copy2(path, folder / name)
+    return encoder.model_copy(update={"path": name})
+
+
+def _count_bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def _load_weights(system: System, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -1,7 +1,7 @@
 """Settings that every recipe is put together from: frozen, and closed to keys they do not know."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -115,7 +115,31 @@ class DataSettings(Settings):
     """Names of the labels in their order; taken from the cache where the recipe names none."""
 
 
-class AutoencoderSettings(Settings):
+class EncoderSettings(Settings):
+    """A frozen network that a recipe names; bundles carry a copy of a small local one."""
+
+    path: str
+    """Hub id or local folder."""
+
+    def relative_to(self, folder: Path) -> Self:
+        """Resolve a relative path that exists below `folder` (an encoder inside a bundle)."""
+        inside = folder / self.path
+        return self.model_copy(update={"path": str(inside)}) if inside.exists() else self
+
+
+class T5Settings(EncoderSettings):
+    """The encoder half of a T5 (arXiv 1910.10683), with its tokenizer."""
+
+    path: str
+    """Local folder of transformers or of a diffusers pipeline, hub id, or `<hub id>/<subfolder>`
+    of a pipeline."""
+    pad: Literal["end", "pad"] = "pad"
+    """Token that fills short texts up: a further end token, or T5's own. Neither is masked."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the weights and the computation; states are float32."""
+
+
+class AutoencoderSettings(EncoderSettings):
     """Which autoencoder stands between pixels and latents, and how its latents are normalized."""
 
     path: str
@@ -149,11 +173,6 @@ class AutoencoderSettings(Settings):
                 f"{len(mean)} and {len(std)}"
             )
         return mean, tuple(value / self.multiplier for value in std)
-
-    def relative_to(self, folder: Path) -> "AutoencoderSettings":
-        """Resolve a relative path that exists below `folder` (an autoencoder inside a bundle)."""
-        inside = folder / self.path
-        return self.model_copy(update={"path": str(inside)}) if inside.exists() else self
 
 
 class SamplingSettings(Settings):

@@ -1,5 +1,7 @@
 """Weights as named tensors: reading foreign files safely, renaming keys, loading strictly."""
 
+import hashlib
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,3 +108,12 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], *, source: s
     ]
     if shapes:
         raise WeightsError(f"{source}: {'; '.join(shapes)}")
+
+
+def hash_module(module: nn.Module, about: Mapping[str, Any]) -> str:
+    """Hash a module's weights, and plain values that say what else it is."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

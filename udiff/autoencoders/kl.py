@@ -1,7 +1,5 @@
 """KL autoencoders (arXiv 2112.10752): an adapter over diffusers' `AutoencoderKL`."""
 
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from udiff.weights import hash_module
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -131,11 +131,7 @@ class KLAutoencoder(nn.Module):
         """Hash what encoding depends on: configuration and weights."""
         known = self.model.config
         config = {name: getattr(known, name) for name in _IDENTITY_KEYS if hasattr(known, name)}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return hash_module(self.model, config)
 
     def _decode_raw(self, raw: Tensor) -> Tensor:
         return self.model.decode(raw).sample

@@ -1,23 +1,31 @@
-"""Networks that losses ask and nobody trains."""
+"""Networks that losses and samplers ask and nobody trains."""
 
 from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+N = TypeVar("N", bound=nn.Module)
 
-class Frozen:
+
+class Frozen(Generic[N]):
     """A network without gradients of its own, loaded at its first use.
 
     So a recipe builds, and a bundle loads, without the networks that only training asks; and they
     are no modules of a system, which would be sharded and saved.
     """
 
-    def __init__(self, load: Callable[[], nn.Module]) -> None:
+    def __init__(self, load: Callable[[], N]) -> None:
         self._load = load
-        self._network: nn.Module | None = None
+        self._network: N | None = None
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Ask the network, on the device of what it is asked."""
+    def on(self, device: torch.device) -> N:
+        """Give the network itself, on a device."""
         if self._network is None:
-            self._network = self._load().eval().requires_grad_(False).to(inputs[0].device)
-        return self._network(*inputs)
+            self._network = self._load().eval().requires_grad_(False)
+        return self._network.to(device)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Ask the network, on the device of what it is asked."""
+        return self.on(inputs[0].device)(*inputs)
