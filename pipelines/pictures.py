@@ -3,27 +3,23 @@
 read -> label -> decode -> size -> crop -> PNG -> write, all in the actor that has the unit.
 """
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
 from pipelines.rows import carry
 from pipelines.schedule import PrepareReport, Workers, run_tasks, run_units
-from pipelines.shards import Unit, fingerprint, list_shards, read_index
+from pipelines.shards import Unit
+from pipelines.source import Source, open_source
 from pipelines.stages.crop import Fit, crop
 from pipelines.stages.decode import decode
-from pipelines.stages.filter import check_label, check_size
-from pipelines.stages.read_shard import read_slice, take_fields
+from pipelines.stages.filter import check_caption, check_label, check_size
 from pipelines.stages.write import WriteUnit, encode_png
 from udiff.data.manifest import Plan, UnitEntry, start_plan
 from udiff.data.schema import pictures_schema
-from udiff.data.storage import Folder, open_folder
+from udiff.data.storage import open_folder
 from udiff.settings import Settings
-
-_REQUESTS = 16  # to a bucket, at a time
 
 
 class PicturesSettings(Settings):
@@ -51,13 +47,16 @@ class PicturesSettings(Settings):
 
 
 class PicturesChain:
-    """All stages from a slice of a shard to its committed unit."""
+    """All stages from a piece of a source to its committed unit."""
 
-    def __init__(self, settings: PicturesSettings, source: Folder, write: WriteUnit) -> None:
+    def __init__(self, settings: PicturesSettings, source: Source, write: WriteUnit) -> None:
         self._source = source
         self._stages = (
-            partial(take_fields, needs_caption=settings.captions == "required"),
-            partial(check_label, num_classes=len(settings.class_names) or None),
+            source.take,
+            partial(check_caption, required=settings.captions == "required"),
+            partial(
+                check_label, num_classes=len(settings.class_names or source.class_names) or None
+            ),
             partial(decode, max_pixels=settings.max_pixels),
             partial(check_size, min_side=settings.min_side),
             partial(crop, size=settings.size, fit=settings.fit),
@@ -66,22 +65,18 @@ class PicturesChain:
         self._write = write
 
     def __call__(self, unit: Unit) -> UnitEntry:
-        """Carry a unit from its shard to its commit."""
-        return self._write(unit, carry(read_slice(self._source, unit), *self._stages))
+        """Carry a unit from its source to its commit."""
+        return self._write(unit, carry(self._source.read(unit), *self._stages))
 
 
 def plan_pictures(settings: PicturesSettings) -> Plan:
     """Check the input, and begin a cache or go on with the one begun; needs no Ray.
 
     Raises:
-        FileNotFoundError: no input folder, no shards in it, or an incomplete one.
+        FileNotFoundError: no input, or an incomplete one.
         ValueError: there is another cache at `output`.
     """
-    source = open_folder(settings.input)
-    shards = list_shards(source)
-    with ThreadPoolExecutor(_REQUESTS) as pool:
-        fingerprints = pool.map(partial(fingerprint, source), shards)
-        plan = _plan(settings, dict(zip(shards, fingerprints, strict=True)))
+    plan = _plan(settings, open_source(settings.input))
     start_plan(open_folder(settings.output), plan)
     return plan
 
@@ -93,8 +88,9 @@ def make_pictures(settings: PicturesSettings, plan: Plan) -> PrepareReport:
         ValueError: a damaged shard, too many workers, or nothing that could be cached.
         FailedUnitsError: some units could not be made.
     """
-    source, output = open_folder(settings.input), open_folder(settings.output)
-    indices = run_tasks(read_index, [(source, output, *shard) for shard in plan.inputs.items()])
+    source, output = open_source(settings.input), open_folder(settings.output)
+    arguments = [(source, output, *file, settings.unit_rows) for file in plan.inputs.items()]
+    cuts = run_tasks(_cut, arguments)
     write = WriteUnit(
         output,
         schema=pictures_schema(settings.size),
@@ -103,14 +99,18 @@ def make_pictures(settings: PicturesSettings, plan: Plan) -> PrepareReport:
     )
     return run_units(
         partial(PicturesChain, settings, source, write),
-        [unit for index in indices for unit in index.units(settings.unit_rows)],
+        [unit for units in cuts for unit in units],
         folder=output,
         plan=plan,
         workers=Workers(settings.workers),
     )
 
 
-def _plan(settings: PicturesSettings, shards: Mapping[str, str]) -> Plan:
+def _cut(source: Source, *arguments: Any) -> list[Unit]:
+    return source.cut(*arguments)
+
+
+def _plan(settings: PicturesSettings, source: Source) -> Plan:
     image = {
         "size": settings.size,
         "fit": settings.fit,
@@ -122,7 +122,7 @@ def _plan(settings: PicturesSettings, shards: Mapping[str, str]) -> Plan:
         kind="pictures",
         identity={"image": image},
         options={"unit_rows": settings.unit_rows, "row_group_size": settings.row_group_size},
-        inputs=dict(shards),
+        inputs={**source.fingerprints()},
         shapes={"image": (settings.size, settings.size, 3)},
-        class_names=settings.class_names,
+        class_names=settings.class_names or source.class_names,
     )

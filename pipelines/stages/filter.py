@@ -6,6 +6,16 @@ from udiff.data.schema import NO_LABEL
 _MAX_LABEL = 2**63
 
 
+def check_caption(row: Row, *, required: bool) -> Row:
+    """Refuse rows without a caption, where one is required.
+
+    Reads: caption.
+    """
+    if required and not row["caption"]:
+        raise Refusal(Reason.MISSING_CAPTION)
+    return row
+
+
 def check_label(row: Row, *, num_classes: int | None) -> Row:
     """Check a label, and turn it into a number.
 

@@ -47,14 +47,14 @@ def _name(sample: Sample) -> str:
     return sample.members[picture or next(iter(sample.members))].name
 
 
-def take_fields(row: Row, *, needs_caption: bool) -> Row:
+def take_fields(row: Row) -> Row:
     """Take picture, caption and label from a sample's members.
 
     The caption is `.txt`, else `caption` in `.json`; the label is `.cls`, else `label` in `.json`.
 
     Reads: members.
     Writes: file (bytes of the picture); caption ("" for none); label as it is written, or None.
-    Refuses: a missing or empty picture, a missing caption, text that cannot be read.
+    Refuses: a missing or empty picture, text that cannot be read.
     """
     members = row["members"]
     extension = _picture_extension(members)
@@ -66,9 +66,7 @@ def take_fields(row: Row, *, needs_caption: bool) -> Row:
     caption = _text(members["txt"]) if "txt" in members else described.get("caption")
     if caption is not None and not isinstance(caption, str):
         raise Refusal(Reason.BAD_TEXT, f"caption is a {type(caption).__name__}")
-    caption = _encodable(caption or "").strip()
-    if needs_caption and not caption:
-        raise Refusal(Reason.MISSING_CAPTION)
+    caption = encodable(caption or "").strip()
     label = _text(members["cls"]) if "cls" in members else described.get("label")
     kept = {"key": row["key"], "source": row["source"]}
     return {**kept, "file": members[extension], "caption": caption, "label": label}
@@ -95,7 +93,7 @@ def _json(content: bytes) -> dict[str, Any]:
     return described
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """Refuse what JSON can write but UTF-8 cannot: lone surrogates."""
     try:
         text.encode()

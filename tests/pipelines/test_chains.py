@@ -14,7 +14,8 @@ from PIL import Image
 from jobs.fashion_mnist import CLASS_NAMES, make_sample, with_broken, write_shards
 from pipelines.latents import LatentsChain, LatentsSettings, plan_latents
 from pipelines.pictures import PicturesChain, PicturesSettings, plan_pictures
-from pipelines.shards import Unit, read_index
+from pipelines.shards import Unit
+from pipelines.source import open_source
 from pipelines.stages.write import WriteUnit
 from udiff.bundle import load_autoencoder
 from udiff.data.manifest import finish, read_manifest
@@ -32,13 +33,13 @@ def _png(seed):
 
 
 def _make_pictures(settings):
-    source, output = open_folder(settings.input), open_folder(settings.output)
+    source, output = open_source(settings.input), open_folder(settings.output)
     plan = plan_pictures(settings)
     schema = pictures_schema(settings.size)
     write = WriteUnit(output, schema=schema, plan=plan.fingerprint, row_group_size=4)
     chain = PicturesChain(settings, source, write)
-    indices = [read_index(source, output, *shard) for shard in plan.inputs.items()]
-    units = [unit for index in indices for unit in index.units(settings.unit_rows)]
+    cuts = [source.cut(output, *file, settings.unit_rows) for file in plan.inputs.items()]
+    units = [unit for units in cuts for unit in units]
     for unit in units:
         chain(unit)
     return finish(output, plan, [unit.name for unit in units])

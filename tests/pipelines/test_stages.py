@@ -11,7 +11,7 @@ from jobs.fashion_mnist import bomb_png
 from pipelines.rows import Reason, Refusal, carry, stable_text
 from pipelines.stages.crop import center_crop, crop
 from pipelines.stages.decode import decode, to_rgb
-from pipelines.stages.filter import check_label, check_size
+from pipelines.stages.filter import check_caption, check_label, check_size
 from pipelines.stages.read_shard import take_fields
 from udiff.data.schema import NO_LABEL
 
@@ -41,7 +41,8 @@ def _decode_row(row):
 
 
 def _fields(needs_caption=True, **members):
-    return take_fields({"key": "a", "source": "s", "members": members}, needs_caption=needs_caption)
+    row = take_fields({"key": "a", "source": "s", "members": members})
+    return check_caption(row, required=needs_caption)
 
 
 def test_caption_and_label_come_from_their_own_files_before_the_json():

@@ -1,0 +1,1 @@
+"""Kinds of sources that pictures come from."""
