@@ -139,7 +139,7 @@ class _Worker:
         return {name: [value] for name, value in asdict(report).items()}
 
     def _count(self, entry: UnitEntry, seconds: float) -> None:
-        cached = entry.file.rows if entry.file else 0
+        cached = sum(file.rows for file in entry.files)
         for result, rows in (("cached", cached), ("rejected", entry.images_in - cached)):
             if rows:
                 self._rows.inc(rows, {"stage": self._stage, "result": result})

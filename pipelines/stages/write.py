@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +13,23 @@ from pipelines.shards import Unit
 from udiff.data.manifest import (
     DATA,
     REJECTED,
+    TEXTS,
     CacheFile,
     LatentSums,
+    ParquetFile,
     UnitEntry,
     latent_sums,
     write_entry,
 )
-from udiff.data.schema import REJECTED_SCHEMA, field_shape, tensor_column
+from udiff.data.packing import pack
+from udiff.data.schema import (
+    REJECTED_SCHEMA,
+    field_dtype,
+    field_shape,
+    row_column,
+    tensor_column,
+    texts_schema,
+)
 from udiff.data.storage import Folder
 
 _PNG_LEVEL = 1  # zlib's default takes twice as long as the decode, for some percent of the bytes
@@ -36,17 +47,35 @@ def encode_png(row: Row) -> Row:
     return {**rest, "image": buffer.getvalue()}
 
 
-class WriteUnit:
-    """Write a unit: rows, then rejected rows, then the entry.
+@dataclass(frozen=True)
+class TextColumn:
+    """A column of encoded texts."""
 
-    Reads: the columns of the schema.
+    field: pa.Field
+    """Of the texts file; its name is the column's."""
+    source: str
+    """Column of the text itself."""
+
+
+class WriteUnit:
+    """Write a unit: encoded texts, rows, rejected rows, and then the entry.
+
+    Reads: the columns of the schema; of each text column its source and the tokens of the text,
+    float (tokens, width), the same of equal texts.
     """
 
     def __init__(
-        self, folder: Folder, *, schema: pa.Schema, plan: str, row_group_size: int
+        self,
+        folder: Folder,
+        *,
+        schema: pa.Schema,
+        plan: str,
+        row_group_size: int,
+        texts: Sequence[TextColumn] = (),
     ) -> None:
         self._folder = folder
         self._schema = schema
+        self._texts = texts
         self._plan = plan
         self._row_group_size = row_group_size
 
@@ -61,7 +90,7 @@ class WriteUnit:
                 f"unit {unit.name} has {unit.num_samples} samples, but {len(rows.kept)} are kept "
                 f"and {len(rows.rejected)} rejected"
             )
-        file = self._write_kept(unit, rows.kept) if rows.kept else None
+        files = (self._write_kept(unit, rows.kept),) if rows.kept else ()
         if rows.rejected:
             columns = [row.columns() for row in rows.rejected]
             table = pa.Table.from_pylist(columns, schema=REJECTED_SCHEMA)
@@ -70,7 +99,7 @@ class WriteUnit:
             unit=unit.name,
             plan=self._plan,
             images_in=unit.num_samples,
-            file=file,
+            files=files,
             rejected=rows.rejected_counts(),
             latent_sums=_sums(rows.kept),
         )
@@ -78,12 +107,20 @@ class WriteUnit:
         return entry
 
     def _write_kept(self, unit: Unit, rows: Sequence[Row]) -> CacheFile:
+        texts = None
+        if self._texts:
+            rows, table = gather_texts(rows, self._texts)
+            texts = self._write(TEXTS, unit.name, table)
         columns = [_column(field, rows) for field in self._schema]
         table = pa.Table.from_arrays(columns, schema=self._schema)
-        (self._folder / DATA).write(f"{unit.name}.parquet", self._parquet(table))
-        size = self._row_group_size
-        groups = tuple(min(size, len(rows) - start) for start in range(0, len(rows), size))
-        return CacheFile(path=f"{DATA}/{unit.name}.parquet", rows=len(rows), row_groups=groups)
+        file = self._write(DATA, unit.name, table)
+        return CacheFile(**file.model_dump(), texts=texts)
+
+    def _write(self, folder: str, name: str, table: pa.Table) -> ParquetFile:
+        (self._folder / folder).write(f"{name}.parquet", self._parquet(table))
+        size, rows = self._row_group_size, table.num_rows
+        groups = tuple(min(size, rows - start) for start in range(0, rows, size))
+        return ParquetFile(path=f"{folder}/{name}.parquet", rows=rows, row_groups=groups)
 
     def _parquet(self, table: pa.Table) -> pa.Buffer:
         sink = pa.BufferOutputStream()
@@ -97,12 +134,39 @@ class WriteUnit:
         return sink.getvalue()
 
 
+def gather_texts(rows: Sequence[Row], columns: Sequence[TextColumn]) -> tuple[list[Row], pa.Table]:
+    """Take the encoded texts of rows out, once each in the order of their first use.
+
+    Returns:
+        the rows, which say where their texts are, and the table of the texts.
+    """
+    number: dict[str, int] = {}
+    packed: list[dict[int, bytes]] = [{} for _ in columns]
+    referring = []
+    for row in rows:
+        places = {}
+        for column, cells in zip(columns, packed, strict=True):
+            place = number.setdefault(row[column.source], len(number))
+            if place not in cells:
+                tokens = row[column.field.name]
+                cells[place] = pack(tokens, field_dtype(column.field)).tobytes()
+            places[row_column(column.field.name)] = place
+        referring.append({**row, **places})
+    contents = [[cells.get(place, b"") for place in range(len(number))] for cells in packed]
+    schema = texts_schema([column.field for column in columns])
+    return referring, pa.table([list(number), *contents], schema=schema)
+
+
 def _column(field: pa.Field, rows: Sequence[Row]) -> pa.Array:
     values = [row[field.name] for row in rows]
-    if pa.types.is_fixed_size_list(field.type):
-        shape = field_shape(field)
+    if shape := _tensor_shape(field):
         return tensor_column(field, np.stack(values).reshape(len(rows), *shape))
     return pa.array(values, field.type)
+
+
+def _tensor_shape(field: pa.Field) -> tuple[int, ...]:
+    is_bytes = pa.types.is_fixed_size_binary(field.type)
+    return field_shape(field) if is_bytes or pa.types.is_fixed_size_list(field.type) else ()
 
 
 def _sums(rows: Sequence[Row]) -> LatentSums | None:

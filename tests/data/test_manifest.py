@@ -35,9 +35,9 @@ def _plan(**changes):
 
 
 def _entry(plan, unit, rows=8):
-    file = CacheFile(path=f"data/{unit}.parquet", rows=rows, row_groups=(rows,)) if rows else None
+    files = (CacheFile(path=f"data/{unit}.parquet", rows=rows, row_groups=(rows,)),) if rows else ()
     rejected = {"decode/truncated": 10 - rows}
-    return UnitEntry(unit=unit, plan=plan.fingerprint, images_in=10, file=file, rejected=rejected)
+    return UnitEntry(unit=unit, plan=plan.fingerprint, images_in=10, files=files, rejected=rejected)
 
 
 def test_a_manifest_is_folded_from_the_entries_in_the_order_of_the_plan(tmp_path):

@@ -197,7 +197,7 @@ def test_a_damaged_picture_is_rejected_and_a_damaged_file_fails(pictures, autoen
     _, chain = _latents_chain(copy, autoencoder, tmp_path / "latents")
     entry = chain(unit)
     assert entry.rejected == {"decode/corrupt": 1}
-    assert entry.file.rows == unit.num_samples - 1
+    assert entry.files[0].rows == unit.num_samples - 1
     with pytest.raises(Exception, match=r"[Pp]arquet"):
         chain(other)
     pq.write_table(table.slice(0, 2), copy / other.source)

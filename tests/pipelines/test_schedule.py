@@ -37,7 +37,7 @@ class _Chain:
             raise OSError(f"cannot read {self.folder}/{unit.source}")
         file = CacheFile(path=unit.source, rows=1, row_groups=(1,))
         entry = UnitEntry(
-            unit=unit.name, plan=PLAN.fingerprint, images_in=1, file=file, rejected={}
+            unit=unit.name, plan=PLAN.fingerprint, images_in=1, files=(file,), rejected={}
         )
         write_entry(self.folder, entry)
         return entry

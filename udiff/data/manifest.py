@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 PLAN = "plan.json"
 ENTRIES = "units"
 DATA = "data"
+TEXTS = "texts"
 REJECTED = "rejected"
 INDEX = "index"
 _REQUESTS = 16  # to a bucket, at a time
@@ -34,7 +35,7 @@ Identity = dict[str, dict[str, JsonValue]]
 """Per column, what made it."""
 
 
-class CacheFile(Settings):
+class ParquetFile(Settings):
     """A parquet file of a cache."""
 
     path: str
@@ -42,6 +43,13 @@ class CacheFile(Settings):
     rows: int
     row_groups: tuple[int, ...]
     """Rows of each row group."""
+
+
+class CacheFile(ParquetFile):
+    """A file of rows, and the encoded texts that its rows refer to."""
+
+    texts: ParquetFile | None = None
+    """Where it has columns of encoded texts."""
 
 
 class LatentSums(Settings):
@@ -68,7 +76,7 @@ class UnitEntry(Settings):
     plan: str
     """Fingerprint of the plan it was made under."""
     images_in: int
-    file: CacheFile | None
+    files: tuple[CacheFile, ...]
     """None where every row was rejected."""
     rejected: dict[str, int]
     latent_sums: LatentSums | None = None
@@ -101,7 +109,7 @@ class Manifest(Settings):
     identity: Identity
     files: tuple[CacheFile, ...]
     shapes: dict[str, tuple[int, ...]]
-    """Of one row of each tensor or picture column."""
+    """Of one row of each tensor or picture column; of encoded texts, that of the longest."""
     images_in: int
     rejected: dict[str, int]
     """Rows left out, per `stage/reason`."""
@@ -238,7 +246,7 @@ def finish(folder: Folder, plan: Plan, units: Sequence[str]) -> Manifest:
     manifest = Manifest(
         kind=plan.kind,
         identity=plan.identity,
-        files=tuple(entry.file for entry in entries if entry.file is not None),
+        files=tuple(file for entry in entries for file in entry.files),
         shapes=plan.shapes,
         images_in=sum(entry.images_in for entry in entries),
         rejected=dict(sorted(rejected.items())),
@@ -253,7 +261,7 @@ def finish(folder: Folder, plan: Plan, units: Sequence[str]) -> Manifest:
             f"see {folder / REJECTED}, then delete {folder}"
         )
     folder.write(MANIFEST, to_json(manifest))
-    for part in (folder, *(folder / name for name in (DATA, REJECTED, INDEX, ENTRIES))):
+    for part in (folder, *(folder / name for name in (DATA, TEXTS, REJECTED, INDEX, ENTRIES))):
         part.remove_temporaries()
     return manifest
 
