@@ -22,13 +22,13 @@ from jobs.cluster import connect
 from jobs.console import make_parser, run_job
 from jobs.sample import label_names
 from pipelines.features import extract_features
-from pipelines.generate import generate_pictures
+from pipelines.generate import generate
 from udiff.autoencoders.pixels import to_pixels
 from udiff.data.manifest import read_manifest
 from udiff.data.read import read_column
 from udiff.data.storage import open_folder
 from udiff.evaluation.frechet import Projection, frechet_distance, principal_components
-from udiff.generate import PictureGenerator
+from udiff.generate import Generator
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,11 @@ def evaluate(
     connect()
     references = _read_pictures(reference, num_reference)
     reals = _read_pictures(real, num_pictures)
-    generator = PictureGenerator(bundle)
+    generator = Generator(bundle)
     count = len(label_names(generator.recipe))
     requests = [{"label": k % count, "seed": seed + k} for k in range(num_pictures)]
     sets = {
-        "generated": generate_pictures(
-            str(Path(bundle).absolute()), requests, workers=workers
-        ).pictures,
+        "generated": generate(str(Path(bundle).absolute()), requests, workers=workers).pictures,
         "real": reals,
         "reconstructed": generator.reconstruct(to_pixels(torch.from_numpy(reals))).numpy(),
         "noise": np.random.default_rng(seed).integers(0, 256, reals.shape, np.uint8),

@@ -1,51 +1,73 @@
-"""Chain: requests -> pictures, spread over the cluster in batches."""
+"""Chain: requests -> pictures or texts, spread over the cluster in batches."""
 
+import base64
+import io
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
+from jaxtyping import UInt8
+from PIL import Image
 from ray.data import ActorPoolStrategy, DataContext
 
-from udiff.generate import PictureGenerator
+from udiff.generate import Generator, Output
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Pictures, and how fast they came."""
+    """What requests were answered with, in their order, and how fast it came."""
 
-    pictures: np.ndarray
-    """uint8 (pictures, height, width, 3), in the order of the requests."""
-    images_per_s: float
+    outputs: list[Output]
+    outputs_per_s: float
     """From the start of the first batch to the end of the last."""
+
+    @property
+    def pictures(self) -> UInt8[np.ndarray, "pictures height width 3"]:
+        """Stack the outputs of an image task whose pictures have one size."""
+        return np.stack([output for output in self.outputs if not isinstance(output, str)])
 
 
 class _Generate:
     """One generator per actor."""
 
-    def __init__(self, bundle: str) -> None:
-        self._generator = PictureGenerator(bundle)
+    def __init__(self, bundle: str, task: str | None) -> None:
+        self._generator = Generator(bundle)
+        self._task = task
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         started = time.time()
-        pictures = self._generator.generate(batch["requests"][0]).numpy()
+        requests = json.loads(batch["requests"][0])
+        outputs = [_pack(each) for each in self._generator.generate(requests, task=self._task)]
         times = {"started": [started], "ended": [time.time()]}
-        return {"index": batch["index"], "pictures": [pictures], **times}
+        return {"index": batch["index"], "outputs": [outputs], **times}
 
 
-def generate_pictures(
+def generate(
     bundle: str,
-    requests: Sequence[dict[str, Any]],
+    requests: Sequence[Mapping[str, Any]],
     *,
     workers: int,
+    task: str | None = None,
     gpus: float = 0,
     batch_size: int = 64,
 ) -> Generated:
-    """Generate one picture per request, with one generator in each of `workers` actors."""
+    """Answer each request, with one generator in each of `workers` actors.
+
+    Args:
+        bundle: folder that every node reaches.
+        requests: each holds the keys of the task's request record; JSON, or bytes for pictures.
+        workers: actors.
+        task: the family's first where left open.
+        gpus: of each worker.
+        batch_size: requests that are sampled side by side.
+    """
+    # Arrow would give every request the keys of all others.
     batches = [
-        {"index": start, "requests": list(requests[start : start + batch_size])}
+        {"index": start, "requests": _to_json(requests[start : start + batch_size])}
         for start in range(0, len(requests), batch_size)
     ]
     context = DataContext.get_current()
@@ -54,7 +76,7 @@ def generate_pictures(
         ray.data.from_items(batches, override_num_blocks=len(batches))
         .map_batches(
             _Generate,
-            fn_constructor_args=(bundle,),
+            fn_constructor_args=(bundle, task),
             batch_size=1,
             compute=ActorPoolStrategy(size=min(workers, len(batches))),
             num_cpus=1,
@@ -64,5 +86,29 @@ def generate_pictures(
     )
     ordered = sorted(rows, key=lambda row: row["index"])
     seconds = max(row["ended"] for row in rows) - min(row["started"] for row in rows)
-    pictures = np.concatenate([row["pictures"] for row in ordered])
-    return Generated(pictures, len(pictures) / seconds)
+    outputs = [output for row in ordered for output in map(_unpack, row["outputs"])]
+    return Generated(outputs, len(outputs) / seconds)
+
+
+def _to_json(requests: Sequence[Mapping[str, Any]]) -> str:
+    def encode(value: Any) -> str:
+        if isinstance(value, bytes):
+            return base64.b64encode(value).decode("ascii")
+        raise TypeError(f"a request holds a {type(value).__name__}: {value!r}")
+
+    return json.dumps([dict(request) for request in requests], default=encode)
+
+
+def _pack(output: Output) -> bytes:
+    """Write a picture as PNG, a text as UTF-8, behind a letter that says which."""
+    if isinstance(output, str):
+        return b"t" + output.encode()
+    file = io.BytesIO()
+    Image.fromarray(output).save(file, "PNG", compress_level=1)
+    return b"p" + file.getvalue()
+
+
+def _unpack(data: bytes) -> Output:
+    if data[:1] == b"t":
+        return data[1:].decode()
+    return np.asarray(Image.open(io.BytesIO(data[1:])))

@@ -1,17 +1,15 @@
 """The Ray Serve application: `serve run serve.app:build bundle=runs/demo/bundle`.
 
 Two deployments: `front` speaks HTTP and holds no torch; `engine` has one replica per device. When
-an engine dies, the front asks another one (or its replacement) for the same seeded pictures.
+an engine dies, the front asks another one (or its replacement) for the same seeded outputs.
 """
 
 import asyncio
 import difflib
 from typing import Any, Literal
 
-import numpy as np
 import ray
 from fastapi import FastAPI
-from jaxtyping import UInt8
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 from ray import serve
 from ray.exceptions import RayActorError
@@ -21,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.api import build_api
 from serve.limits import Limits
 from serve.metrics import tick_histogram
-from serve.records import EngineStoppedError, ModelFacts, Order
+from serve.records import EngineStoppedError, ModelFacts, Order, Output
 
 APP_NAME = "udiff"
 NUM_TRIES = 2
@@ -100,8 +98,8 @@ class EngineReplica:
         self._engine.check()
         return self._engine.facts
 
-    async def generate(self, order: Order) -> UInt8[np.ndarray, "pictures height width 3"]:
-        """Make the pictures of an order."""
+    async def generate(self, order: Order) -> list[Output]:
+        """Make the outputs of an order."""
         return await self._engine.generate(order)
 
     async def check_health(self) -> None:
@@ -124,8 +122,8 @@ class RemoteEngine:
         """Ask any replica what is served."""
         return await self._ask("describe")
 
-    async def generate(self, order: Order) -> UInt8[np.ndarray, "pictures height width 3"]:
-        """Have any replica make the pictures, and another one if it dies over them."""
+    async def generate(self, order: Order) -> list[Output]:
+        """Have any replica make the outputs, and another one if it dies over them."""
         return await self._ask("generate", order)
 
     async def _ask(self, method: str, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The engine: a bundle on one device, sampling the pictures of all requests together.
+"""The engine: a bundle on one device, sampling what all requests ask for together.
 
 It needs no Ray: `await Engine(bundle, device="cpu").generate(order)` in any event loop.
 """
@@ -6,29 +6,20 @@ It needs no Ray: `await Engine(bundle, device="cpu").generate(order)` in any eve
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Protocol, cast
 
 import numpy as np
-import torch
-from jaxtyping import UInt8
-from torch import Tensor
 
-from serve.records import EngineStoppedError, InvalidOrderError, ModelFacts, Order
-from serve.tick_loop import Image, Job, Picture, TickLoop
-from udiff.autoencoders.pixels import to_uint8
-from udiff.bundle import Bundle, load_bundle, load_latent_decoder
-from udiff.samplers.ticks import drive, start
-from udiff.settings import DataSettings
-from udiff.system import Sampling, Task
-
-TASK = "class_to_image"
-
-
-class ClassRecipe(Protocol):
-    """What the recipe of a class-conditional family holds."""
-
-    num_classes: int
-    data: DataSettings
+from serve.records import (
+    EngineStoppedError,
+    InvalidOrderError,
+    ModelFacts,
+    Order,
+    Output,
+    TaskFacts,
+)
+from serve.tick_loop import Job, Pending, TickLoop
+from udiff.generate import Generator
+from udiff.system import Task
 
 
 def check_bundle(path: str) -> None:
@@ -36,11 +27,9 @@ def check_bundle(path: str) -> None:
 
     Raises:
         FileNotFoundError: there is no bundle, or no autoencoder for it.
-        ValueError: the bundle can't make pictures of classes.
+        ValueError: there is nothing that the bundle could be asked for.
     """
-    bundle = load_bundle(path)
-    _find_task(bundle)
-    load_latent_decoder(bundle.recipe)
+    Generator(path, device="cpu")
 
 
 class Engine:
@@ -55,46 +44,49 @@ class Engine:
         max_rows: int = 32,
         on_tick: Callable[[int], None] = lambda num_rows: None,
     ) -> None:
-        """Load the bundle and sample a first picture, which also warms the device up.
+        """Load the bundle and try each of its tasks, which also warms the device up.
 
         Args:
-            bundle_path: folder of a bundle that makes pictures of classes.
+            bundle_path: folder of a bundle that has tasks.
             device: of torch, as `cpu` or `cuda`.
             model_name: what requests call the model; the recipe's family where left open.
-            max_rows: rows of the network's batch in a tick; a guided picture takes two.
+            max_rows: rows of the network's batch in a tick; a guided sample takes two.
             on_tick: called with the rows of each tick, from the engine's thread.
 
         Raises:
             FileNotFoundError: there is no bundle, or no autoencoder for it.
-            ValueError: the bundle can't make pictures of classes.
+            ValueError: there is nothing that the bundle could be asked for.
         """
-        bundle = load_bundle(bundle_path)
-        self._device = torch.device(device)
-        self._task = _find_task(bundle)
-        self._task.network.to(self._device)
-        self._autoencoder = load_latent_decoder(bundle.recipe).to(self._device)
-        self.facts = self._gather_facts(bundle, model_name)
-        self._ticks = TickLoop(self._task.network, self._decode, max_rows=max_rows, on_tick=on_tick)
+        self._generator = Generator(bundle_path, device=device)
+        recipe = self._generator.recipe
+        self.facts = ModelFacts(
+            name=model_name or recipe.family,
+            tasks={name: self._try_out(task) for name, task in self._generator.tasks.items()},
+            class_names=recipe.data.class_names,
+            num_classes=getattr(recipe, "num_classes", 0),
+        )
+        self._ticks = TickLoop(self._generator.finish, max_rows=max_rows, on_tick=on_tick)
 
-    async def generate(self, order: Order) -> UInt8[np.ndarray, "pictures height width 3"]:
-        """Sample the pictures of an order; cancelling the call stops its ticks.
+    async def generate(self, order: Order) -> list[Output]:
+        """Make what an order asks for; cancelling the call stops its ticks.
 
         Raises:
             InvalidOrderError: the model can't do that.
-            EngineStoppedError: the engine ended before the pictures were done.
+            EngineStoppedError: the engine ended before the outputs were done.
         """
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[list[Image]] = loop.create_future()
+        answer: asyncio.Future[list[Output]] = loop.create_future()
 
-        def deliver(outcome: list[Image] | EngineStoppedError) -> None:
+        def deliver(outcome: list[Output] | EngineStoppedError) -> None:
             # The event loop may be gone, and then so is the caller.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_settle, answer, outcome)
 
-        job = Job([Picture(start(sampling)) for sampling in self._start(order)], deliver)
+        # Encoders of texts and pictures take their time, so requests begin beside the loop.
+        job = Job(await asyncio.to_thread(self._start, order), deliver)
         self._ticks.submit(job)
         try:
-            return np.stack(await answer)
+            return await answer
         finally:
             job.is_cancelled = True
 
@@ -106,45 +98,31 @@ class Engine:
         """Stop the engine's thread; calls under way end with EngineStoppedError."""
         self._ticks.close()
 
-    def _start(self, order: Order) -> list[Sampling]:
-        open_keys = {"num_steps": order.num_steps, "guidance_scale": order.guidance_scale}
-        keys = {name: value for name, value in open_keys.items() if value is not None}
-        seeds = range(order.seed, order.seed + order.num_pictures)
+    def _start(self, order: Order) -> list[Pending]:
         try:
-            requests = [self._task.request(label=order.label, seed=seed, **keys) for seed in seeds]
-            return [self._task.start(request, device=self._device) for request in requests]
+            task = self._generator.find_task(order.task)
+            return [Pending(self._generator.start(task, each)) for each in order.requests]
         except ValueError as error:
             raise InvalidOrderError(str(error)) from None
 
-    def _decode(self, latents: list[Tensor]) -> UInt8[np.ndarray, "batch height width 3"]:
-        with torch.inference_mode():
-            return to_uint8(self._autoencoder.decode(torch.stack(latents))).cpu().numpy()
-
-    def _gather_facts(self, bundle: Bundle, model_name: str | None) -> ModelFacts:
-        # Two steps: the fewest that every sampler takes.
-        latents = drive(self._task.network, self._start(Order(label=0, seed=0, num_steps=2)))
-        _, height, width, _ = self._decode(latents).shape
-        recipe = cast(ClassRecipe, bundle.recipe)
-        return ModelFacts(
-            name=model_name or bundle.recipe.family,
-            num_classes=recipe.num_classes,
-            class_names=recipe.data.class_names,
-            width=width,
-            height=height,
-        )
+    def _try_out(self, task: Task) -> TaskFacts:
+        request = dict(task.example)
+        if "num_steps" in task.request.model_fields:
+            request["num_steps"] = 2  # the fewest that every sampler takes
+        (output,) = self._generator.generate([request], task=task.name)
+        return TaskFacts(task.output, task.request.model_json_schema(), _size(output))
 
 
-def _find_task(bundle: Bundle) -> Task:
-    tasks = bundle.system.tasks
-    if TASK not in tasks:
-        raise ValueError(
-            f"{bundle.path} can't be served: its family {bundle.recipe.family} has no task {TASK}; "
-            f"it has {', '.join(tasks) or 'none'}"
-        )
-    return tasks[TASK]
+def _size(output: Output) -> str | None:
+    if not isinstance(output, np.ndarray):
+        return None
+    height, width, _ = output.shape
+    return f"{width}x{height}"
 
 
-def _settle(answer: asyncio.Future[list[Image]], outcome: list[Image] | EngineStoppedError) -> None:
+def _settle(
+    answer: asyncio.Future[list[Output]], outcome: list[Output] | EngineStoppedError
+) -> None:
     if answer.done():
         return
     if isinstance(outcome, EngineStoppedError):

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -30,6 +30,17 @@ class ApiError(HTTPException):
         super().__init__(status, message, headers)
         self.param = param
         self.code = code
+
+
+def invalid(param: str, problem: str) -> ApiError:
+    """Say what is wrong with a parameter's value."""
+    return ApiError(400, f"{param} {problem}", param=param, code="invalid_value")
+
+
+def missing_task(wanted: str, tasks: Iterable[str]) -> ApiError:
+    """Say that the model can't do what an endpoint is for."""
+    message = f"This model does not make {wanted}; its tasks are {', '.join(tasks)}."
+    return ApiError(404, message, code="task_not_found")
 
 
 def error_response(error: StarletteHTTPException) -> Response:

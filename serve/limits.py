@@ -15,6 +15,7 @@ from serve.errors import ApiError, error_response
 Answer = TypeVar("Answer")
 
 CLIENT_CLOSED_REQUEST = 499
+PICTURE_PATHS = ("/v1/chat/", "/v1/tasks/")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Limits:
     """Bounds of the front; a request beyond one of them gets its 4xx."""
 
     max_body_bytes: int = 64 * 1024
+    max_picture_body_bytes: int = 16 * 2**20
+    """Of the endpoints that take pictures."""
     body_timeout_s: float = 10.0
     """Time that a client has to send its body."""
     max_requests: int = 64
@@ -45,15 +48,17 @@ class BodyLimit:
         """Refuse, or pass on with the body counted as it is read."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        if self._is_announced_too_long(Headers(scope=scope)):
-            return await error_response(self._too_long())(scope, receive, send)
-        return await self._app(scope, self._counted(receive), send)
+        limit = self._limit(scope["path"])
+        if _announced_bytes(Headers(scope=scope)) > limit:
+            return await error_response(_too_long(limit))(scope, receive, send)
+        return await self._app(scope, self._counted(receive, limit), send)
 
-    def _is_announced_too_long(self, headers: Headers) -> bool:
-        length = headers.get("content-length", "")
-        return length.isdecimal() and int(length) > self._limits.max_body_bytes
+    def _limit(self, path: str) -> int:
+        if path.startswith(PICTURE_PATHS):
+            return self._limits.max_picture_body_bytes
+        return self._limits.max_body_bytes
 
-    def _counted(self, receive: Receive) -> Receive:
+    def _counted(self, receive: Receive, limit: int) -> Receive:
         deadline = asyncio.get_running_loop().time() + self._limits.body_timeout_s
         num_bytes, is_complete = 0, False
 
@@ -68,15 +73,20 @@ class BodyLimit:
                 raise ApiError(408, "The body did not arrive in time.", code="timeout") from None
             num_bytes += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
-            if num_bytes > self._limits.max_body_bytes:
-                raise self._too_long()
+            if num_bytes > limit:
+                raise _too_long(limit)
             return message
 
         return receive_counted
 
-    def _too_long(self) -> ApiError:
-        limit = self._limits.max_body_bytes
-        return ApiError(413, f"The body is over the limit of {limit} bytes.", code="body_too_large")
+
+def _announced_bytes(headers: Headers) -> int:
+    length = headers.get("content-length", "")
+    return int(length) if length.isdecimal() else 0
+
+
+def _too_long(limit: int) -> ApiError:
+    return ApiError(413, f"The body is over the limit of {limit} bytes.", code="body_too_large")
 
 
 class Admission:

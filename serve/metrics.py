@@ -33,9 +33,9 @@ class RequestCounter:
             self._requests.inc(tags={"status": str(status)})
 
 
-def image_counter() -> Counter:
-    """Count the images that were sent."""
-    return Counter("udiff_images", description="Images sent.")
+def output_counter() -> Counter:
+    """Count the pictures and texts that were made."""
+    return Counter("udiff_outputs", description="Outputs made, by task.", tag_keys=("task",))
 
 
 def tick_histogram() -> Histogram:

@@ -1,10 +1,28 @@
 """What front and engine say to each other: plain records, without torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from jaxtyping import UInt8
+
+Output = UInt8[np.ndarray, "height width 3"] | str
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """One thing that the model can be asked for."""
+
+    output: Literal["image", "text"]
+    request: Mapping[str, Any]
+    """JSON schema of its request."""
+    size: str | None = None
+    """Of its pictures where the request leaves it open, as `32x32`."""
+
+    def takes(self, key: str) -> bool:
+        """Say whether a request may have a key."""
+        return key in self.request["properties"]
 
 
 @dataclass(frozen=True)
@@ -12,28 +30,19 @@ class ModelFacts:
     """What the front has to know of the model to check requests by itself."""
 
     name: str
-    num_classes: int
-    class_names: tuple[str, ...]
+    tasks: Mapping[str, TaskFacts]
+    class_names: tuple[str, ...] = ()
     """In the order of the labels; empty where the model has no names."""
-    width: int
-    height: int
-
-    @property
-    def size(self) -> str:
-        """Write the one picture size that the model makes, as `32x32`."""
-        return f"{self.width}x{self.height}"
+    num_classes: int = 0
 
 
 @dataclass(frozen=True)
 class Order:
-    """Pictures that one request asks for; picture i is sampled with seed + i."""
+    """What one HTTP request asks for: outputs of one task, one for each of its requests."""
 
-    label: int
-    seed: int
-    num_pictures: int = 1
-    num_steps: int | None = None
-    """The recipe's where left open, and so is the guidance."""
-    guidance_scale: float | None = None
+    task: str
+    requests: tuple[Mapping[str, Any], ...]
+    """Each with the keys of the task's request record."""
 
 
 class InvalidOrderError(ValueError):
@@ -50,5 +59,5 @@ class EngineClient(Protocol):
     async def describe(self) -> ModelFacts:
         """Tell what is served, as long as the engine works."""
 
-    async def generate(self, order: Order) -> UInt8[np.ndarray, "pictures height width 3"]:
-        """Make the pictures of an order; cancelling the call stops its work."""
+    async def generate(self, order: Order) -> list[Output]:
+        """Make the outputs of an order; cancelling the call stops its work."""

@@ -1,4 +1,4 @@
-"""The tick loop: one thread that drives all pictures under way, with one network call a tick."""
+"""The tick loop: one thread that drives all samples under way, with one network call a tick."""
 
 import atexit
 import logging
@@ -8,50 +8,41 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-from jaxtyping import UInt8
-from torch import Tensor, nn
-
-from serve.records import EngineStoppedError
-from udiff.samplers.ticks import Running, tick
+from serve.records import EngineStoppedError, Output
+from udiff.generate import Sample
+from udiff.samplers.ticks import tick
 
 logger = logging.getLogger(__name__)
 
-Image = UInt8[np.ndarray, "height width 3"]
-Decode = Callable[[list[Tensor]], UInt8[np.ndarray, "batch height width 3"]]
+Finish = Callable[[list[Sample]], list[Output]]
 
 
 @dataclass(eq=False)
-class Picture:
-    """One picture under way."""
+class Pending:
+    """One sample under way, and what was made of it."""
 
-    running: Running
-    image: Image | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """Count the rows that its next query takes in the network's batch: guided ones take two."""
-        return self.running.num_rows
+    sample: Sample
+    output: Output | None = None
 
 
 @dataclass(eq=False)
 class Job:
-    """The pictures of one request, and who waits for them."""
+    """The samples of one request, and who waits for them."""
 
-    pictures: list[Picture]
-    deliver: Callable[[list[Image] | EngineStoppedError], None]
+    pending: list[Pending]
+    deliver: Callable[[list[Output] | EngineStoppedError], None]
     """Called once or twice (the first counts), from any thread; it must not block or raise."""
     is_cancelled: bool = False
     """Set from any thread; a cancelled job takes part in no tick that begins later."""
 
     def close(self) -> None:
         """Close the samplers."""
-        for picture in self.pictures:
-            picture.running.sampling.steps.close()
+        for each in self.pending:
+            each.sample.running.sampling.steps.close()
 
 
 class TickLoop:
-    """Drive jobs in their order of arrival, as many pictures a tick as there are rows.
+    """Drive jobs in their order of arrival, as many samples a tick as there are rows.
 
     A failed tick is a bug or a broken device: it ends the loop, every job under way is told, and
     `check` raises from then on, which has Serve replace the replica.
@@ -59,8 +50,7 @@ class TickLoop:
 
     def __init__(
         self,
-        network: nn.Module,
-        decode: Decode,
+        finish: Finish,
         *,
         max_rows: int,
         stall_s: float = 120.0,
@@ -69,15 +59,13 @@ class TickLoop:
         """Start the thread.
 
         Args:
-            network: answers the queries.
-            decode: makes images of finished samples.
-            max_rows: rows of the network's batch in a tick; a guided picture takes two, and one
-                picture is always driven.
+            finish: makes pictures and text of samples at their ends.
+            max_rows: rows of the network's batch in a tick; a guided sample takes two, and one
+                sample is always driven.
             stall_s: longest time that a tick may take before `check` raises.
             on_tick: called with the rows of each tick.
         """
-        self._network = network
-        self._decode = decode
+        self._finish_samples = finish
         self._max_rows = max_rows
         self._stall_s = stall_s
         self._on_tick = on_tick
@@ -136,34 +124,35 @@ class TickLoop:
                 job.close()
         self._jobs = [job for job in self._jobs if not job.is_cancelled]
 
-    def _choose(self) -> list[Picture]:
-        chosen: list[Picture] = []
+    def _choose(self) -> list[Pending]:
+        chosen: list[Pending] = []
         num_rows = 0
-        for picture in (p for job in self._jobs for p in job.pictures if p.image is None):
-            num_rows += picture.num_rows
+        for pending in (p for job in self._jobs for p in job.pending if p.output is None):
+            num_rows += pending.sample.running.num_rows
             if chosen and num_rows > self._max_rows:
                 break
-            chosen.append(picture)
+            chosen.append(pending)
         return chosen
 
-    def _tick(self, pictures: list[Picture]) -> None:
-        if not pictures:
+    def _tick(self, chosen: list[Pending]) -> None:
+        if not chosen:
             return
         self._tick_began = time.monotonic()
-        self._on_tick(sum(picture.num_rows for picture in pictures))
-        tick(self._network, [picture.running for picture in pictures])
-        self._finish([p for p in pictures if p.running.query is None])
+        running = [pending.sample.running for pending in chosen]
+        self._on_tick(sum(each.num_rows for each in running))
+        tick(running)
+        self._finish([p for p in chosen if p.sample.running.query is None])
         self._tick_began = None
 
-    def _finish(self, pictures: list[Picture]) -> None:
-        if not pictures:
+    def _finish(self, ended: list[Pending]) -> None:
+        if not ended:
             return
-        samples = [p.running.result for p in pictures if p.running.result is not None]
-        for picture, image in zip(pictures, self._decode(samples), strict=True):
-            picture.image = image
-        for job in [job for job in self._jobs if all(p.image is not None for p in job.pictures)]:
+        outputs = self._finish_samples([pending.sample for pending in ended])
+        for pending, output in zip(ended, outputs, strict=True):
+            pending.output = output
+        for job in [job for job in self._jobs if all(p.output is not None for p in job.pending)]:
             self._jobs.remove(job)
-            job.deliver([p.image for p in job.pictures if p.image is not None])
+            job.deliver([p.output for p in job.pending if p.output is not None])
 
     def _give_up(self) -> None:
         while not self._inbox.empty():
@@ -171,5 +160,5 @@ class TickLoop:
                 self._jobs.append(job)
         for job in self._jobs:
             job.close()
-            job.deliver(EngineStoppedError("the engine stopped before the pictures were done"))
+            job.deliver(EngineStoppedError("the engine stopped before it was done"))
         self._jobs = []

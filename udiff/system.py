@@ -5,7 +5,7 @@ A family's recipe builds a `System`; nothing above this module knows anything el
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -191,6 +191,9 @@ class Sampling:
     """Without a batch axis."""
     null_conditions: Mapping[str, Tensor]
     guidance: Guidance
+    finish: Callable[[Any], Any] | None = None
+    """What is left to do with the result: of pictures, uint8 (height, width, 3), to the decoded
+    picture; of text, to write a `str` from the sample, which a text task must."""
 
 
 class StartSampling(Protocol):
@@ -205,8 +208,13 @@ class Task:
 
     name: str
     request: type[BaseModel]
+    """Says `seed` and, of tasks whose steps can be counted, `num_steps`."""
     start: StartSampling
     network: nn.Module
+    output: Literal["image", "text"] = "image"
+    """Samples are latents that the recipe's autoencoder decodes, or what `finish` reads."""
+    example: Mapping[str, Any] = field(default_factory=dict)
+    """A small request, by which an engine tries the task out; keys with defaults may be left."""
 
 
 # ---------------------------------------------------------------- the whole

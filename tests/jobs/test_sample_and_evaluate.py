@@ -12,10 +12,10 @@ from jobs.fashion_mnist import CLASS_NAMES, make_sample, write_shards
 from jobs.picture_grid import draw_grid
 from jobs.prepare import prepare_pictures
 from jobs.sample import main as sample
-from pipelines.generate import generate_pictures
+from pipelines.generate import generate
 from pipelines.pictures import PicturesSettings
 from tests.made import save_autoencoder, save_random_bundle
-from udiff.generate import PictureGenerator
+from udiff.generate import Generator
 from udiff.recipe import load_recipe
 
 
@@ -68,7 +68,7 @@ def test_a_grid_has_a_row_per_label_of_the_pictures_of_their_seeds(bundle, tmp_p
     ]
     assert sample([*arguments, "--seed", "9"]) == 0
     requests = [{"label": label, "seed": seed} for label in (8, 3) for seed in (9, 10)]
-    pictures = PictureGenerator(bundle).generate(requests).numpy()
+    pictures = np.stack(Generator(bundle).generate(requests))
     expected = draw_grid(pictures, ["bag", "dress"], columns=2, zoom=2)
     with Image.open(out) as grid:
         assert np.array_equal(np.asarray(grid), np.asarray(expected))
@@ -76,10 +76,8 @@ def test_a_grid_has_a_row_per_label_of_the_pictures_of_their_seeds(bundle, tmp_p
 
 def test_the_cluster_draws_what_one_process_draws(bundle):
     requests = [{"label": k % 10, "seed": k} for k in range(10)]
-    spread = generate_pictures(str(bundle), requests, workers=2, batch_size=4).pictures
-    alone = np.concatenate(
-        [PictureGenerator(bundle).generate(requests[k : k + 4]).numpy() for k in (0, 4, 8)]
-    )
+    spread = generate(str(bundle), requests, workers=2, batch_size=4).pictures
+    alone = np.concatenate([Generator(bundle).generate(requests[k : k + 4]) for k in (0, 4, 8)])
     assert np.array_equal(spread, alone)
 
 

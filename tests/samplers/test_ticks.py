@@ -1,11 +1,15 @@
 """Driving samplings side by side."""
 
+from dataclasses import replace
+
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from udiff.samplers.euler import euler
 from udiff.samplers.reuse import reuse_encoder
-from udiff.samplers.ticks import drive, start
+from udiff.samplers.ticks import drive, finish, start
 from udiff.samplers.times import time_grid
 from udiff.system import Guidance, Prediction, Sampling
 
@@ -53,9 +57,22 @@ def test_results_keep_the_order_of_their_samplings():
 
 def test_rows_of_a_query_are_known_before_its_tick():
     guided = _sampling(Guidance(2.0, (0.4, 0.6)))
-    assert start(guided).num_rows == 1
+    assert start(Labels(), guided).num_rows == 1
     kept = _sampling(Guidance(2.0, (0.4, 0.6)))
     steps = reuse_encoder(kept.steps, {0})
-    assert (
-        start(Sampling(steps, kept.conditions, kept.null_conditions, kept.guidance)).num_rows == 2
-    )
+    assert start(Labels(), replace(kept, steps=steps)).num_rows == 2
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=6))
+def test_samplings_of_other_shapes_and_networks_run_side_by_side(kinds):
+    networks = {number: Labels() for number in (1, 2, 3)}
+    running = []
+    for size, number in kinds:
+        sampling = _sampling(Guidance())
+        steps = euler(torch.zeros(size, 1, 1), time_grid(4))
+        running.append(start(networks[number], replace(sampling, steps=steps)))
+    finish(running)
+    assert [len(r.result) for r in running] == [size for size, _ in kinds]
+    assert all(torch.allclose(r.result, torch.tensor(3.0)) for r in running)
+    for number, network in networks.items():  # one call a tick for each shape
+        assert len(network.rows) == 4 * len({kind for kind in kinds if kind[1] == number})

@@ -184,7 +184,7 @@ def test_metrics_are_on_rays_port(client, metrics_port):
     generate(client, n=2)
     wanted = (
         r'ray_udiff_requests_total\{.*status="200".*\} [1-9]',
-        r"ray_udiff_images_total\{.*\} [1-9]",
+        r"ray_udiff_outputs_total\{.*\} [1-9]",
         r"ray_udiff_tick_rows_count\{.*\} [1-9]",
     )
     deadline = time.monotonic() + 40

@@ -119,12 +119,12 @@ def choose_refresh_steps(
 
 def _encoder_states(network: nn.Module, sampling: Sampling) -> Float[Tensor, "steps branches ..."]:
     always = reuse_encoder(sampling.steps, range(sys.maxsize))
-    running = start(replace(sampling, steps=always))
+    running = start(network, replace(sampling, steps=always))
     states = []
     while running.query is not None:
         carried = running.query.carried
         assert carried is not None
-        tick(network, [running])
+        tick([running])
         states.append(torch.stack(list(carried.states.values())))
     return torch.stack(states)
 

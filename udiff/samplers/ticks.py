@@ -1,9 +1,10 @@
 """Drive samplings: any number side by side, each at its own step, one network call a tick.
 
-Two calls where encoder states are reused: one for rows that run the encoder, one for the others.
+One call for all rows that can be stacked: those of one network whose tensors have the same shapes.
+Rows that reuse an encoder's state are apart from those that run the encoder.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ CONDITIONAL, NULL = "conditional", "null"
 class Running:
     """A sampling under way: its pending query, or its result."""
 
+    network: nn.Module
     sampling: Sampling
     query: Query | None
     result: Tensor | None = None
@@ -50,16 +52,23 @@ class Row(NamedTuple):
         """Name the answer."""
         return id(self.running), self.branch
 
+    @property
+    def kind(self) -> Hashable:
+        """Tell which rows share a call: those with equal kinds can be stacked."""
+        tensors = {"": self.query.x, **self.conditions}
+        shapes = tuple((name, t.shape, t.dtype) for name, t in sorted(tensors.items()))
+        return id(self.running.network), self.state is None, shapes
 
-def start(sampling: Sampling) -> Running:
-    """Advance a sampling to its first query."""
-    running = Running(sampling, None)
+
+def start(network: nn.Module, sampling: Sampling) -> Running:
+    """Advance a sampling to its first query, which `network` is to answer."""
+    running = Running(network, sampling, None)
     _advance(running, None)
     return running
 
 
 @torch.inference_mode()
-def tick(network: nn.Module, running: Sequence[Running]) -> None:
+def tick(running: Sequence[Running]) -> None:
     """Answer the pending query of each sampling.
 
     Guided samplings take two rows of the batch where guidance is on at their time, or where the
@@ -69,14 +78,12 @@ def tick(network: nn.Module, running: Sequence[Running]) -> None:
         ValueError: a sampling reuses an encoder's state, and the network has none.
     """
     rows = [row for r in running for row in _rows(r)]
+    groups: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.kind, []).append(row)
     answers: dict[tuple[int, str], Tensor] = {}
-    for group in (
-        [row for row in rows if row.state is None],
-        [row for row in rows if row.state is not None],
-    ):
-        if group:
-            outputs = _ask(network, group)
-            answers |= {row.key: out for row, out in zip(group, outputs, strict=True)}
+    for group in groups.values():
+        answers |= {row.key: out for row, out in zip(group, _ask(group), strict=True)}
     for r, query in [(row.running, row.query) for row in rows if row.branch == CONDITIONAL]:
         pair = answers[id(r), CONDITIONAL], answers.get((id(r), NULL))
         _advance(r, _guided(r.sampling.guidance, query.t, *pair))
@@ -84,10 +91,15 @@ def tick(network: nn.Module, running: Sequence[Running]) -> None:
 
 def drive(network: nn.Module, samplings: Iterable[Sampling]) -> list[Tensor]:
     """Run samplings to their ends, side by side, and return the samples in order."""
-    running = [start(sampling) for sampling in samplings]
-    while any(r.query is not None for r in running):
-        tick(network, running)
+    running = [start(network, sampling) for sampling in samplings]
+    finish(running)
     return [r.result for r in running if r.result is not None]
+
+
+def finish(running: Sequence[Running]) -> None:
+    """Run samplings to their ends, side by side."""
+    while any(r.query is not None for r in running):
+        tick(running)
 
 
 def _rows(running: Running) -> Iterator[Row]:
@@ -101,8 +113,9 @@ def _rows(running: Running) -> Iterator[Row]:
         yield Row(running, query, NULL, sampling.null_conditions)
 
 
-def _ask(network: nn.Module, rows: Sequence[Row]) -> Tensor:
-    """Call the network for rows that all run the encoder, or all reuse its states."""
+def _ask(rows: Sequence[Row]) -> Tensor:
+    """Call the network for rows of one kind."""
+    network = rows[0].running.network
     x = torch.stack([row.query.x for row in rows])
     t = torch.tensor([row.query.t for row in rows], device=x.device)
     conditions = {

@@ -83,7 +83,11 @@ class Recipe(FamilyRecipe):
             columns=("latent_mean", "latent_logvar", "label", *composed.columns),
             shard_units=tuple(denoiser.blocks),
             ema_modules=("denoiser",),
-            tasks={"class_to_image": Task("class_to_image", ClassToImage, start, denoiser)},
+            tasks={
+                "class_to_image": Task(
+                    "class_to_image", ClassToImage, start, denoiser, example={"label": 0}
+                )
+            },
         )
 
     def build_network(self) -> LightningDiT:
