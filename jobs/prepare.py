@@ -18,6 +18,7 @@ from jobs.console import make_parser, run_job
 from pipelines.latents import LatentsSettings, make_latents, plan_latents
 from pipelines.pictures import PicturesSettings, make_pictures, plan_pictures
 from pipelines.schedule import FailedUnitsError, PrepareReport
+from pipelines.stages.filter import Filters, ScoreSettings
 from udiff.settings import Settings
 
 
@@ -43,8 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.pop("kind") == "latents":
             _print(prepare_latents(LatentsSettings(**options)))
         else:
-            names = _class_names(options.pop("class_names"))
-            _print(prepare_pictures(PicturesSettings(**options, class_names=names)))
+            _print(prepare_pictures(_pictures_settings(options)))
 
     return run_job(job, failures=(FailedUnitsError,))
 
@@ -76,11 +76,38 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class-names", help="JSON list of the names of the labels, in their order"
     )
-    add("min-side", "shortest side of a picture that is taken, in pixels", type=int)
+    add("background", "color behind transparent pictures: a name of CSS, or #rrggbb")
+    add("jpeg", "draft decodes large JPEGs at a fraction of their size", choices=["full", "draft"])
+    _add_filters(parser)
+    add("gpus", "GPUs of a worker, for the scores; 0 scores on the CPU", type=float)
     add("max-pixels", "most pixels of a picture that is decoded", type=int)
     add("unit-rows", "samples done in one go", type=int)
     add("row-group-size", "rows of a parquet row group", type=int)
     add("workers", "processes; None for as many as there are CPUs", type=int)
+
+
+def _add_filters(parser: argparse.ArgumentParser) -> None:
+    add = _adder(parser, Filters)
+    add("min-side", "shortest side of a picture that is taken, in pixels", type=int)
+    add("max-aspect", "longer side over shorter side, at most", type=float)
+    add("max-watermark", "highest pwatermark of the list", type=float)
+    add("max-unsafe", "highest punsafe (or NSFW: UNLIKELY 0, UNSURE 0.5, NSFW 1)", type=float)
+    add("min-similarity", "lowest similarity of the list", type=float)
+    add("unscored", "rows without such a score in the list", choices=["keep", "drop"])
+    add("languages", "codes of the languages of captions, such as en", nargs="*")
+    add = _adder(parser, ScoreSettings)
+    add("clip", "open_clip's NAME:WEIGHTS, hf-hub:ID or local-dir:FOLDER; scores every picture")
+    add("aesthetic-head", "file of an aesthetic head for that model")
+    add("min-clip-score", "lowest cosine of picture and caption", type=float)
+    add("min-aesthetic", "lowest aesthetic score", type=float)
+    add("score-batch-size", "pictures scored together", type=int)
+
+
+def _pictures_settings(options: dict[str, Any]) -> PicturesSettings:
+    names = _class_names(options.pop("class_names"))
+    filters = Filters(**{name: options.pop(name) for name in Filters.model_fields})
+    score = ScoreSettings(**{name: options.pop(name) for name in ScoreSettings.model_fields})
+    return PicturesSettings(**options, class_names=names, filters=filters, score=score)
 
 
 def _add_latents(parser: argparse.ArgumentParser) -> None:

@@ -1,25 +1,39 @@
 """Chain: web shards -> a cache of square pictures.
 
-read -> label -> decode -> size -> crop -> PNG -> write, all in the actor that has the unit.
+read -> metadata -> label -> language -> header -> size -> decode -> crop -> score -> PNG -> write,
+all in the actor that has the unit.
 """
 
 from functools import partial
-from typing import Any, Literal
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PositiveInt
+from PIL import ImageColor
+from pydantic import Field, JsonValue, PositiveInt, field_validator
 
-from pipelines.rows import carry
+from pipelines.rows import Rows, carry
 from pipelines.schedule import PrepareReport, Workers, run_tasks, run_units
 from pipelines.shards import Unit
 from pipelines.source import Source, open_source
 from pipelines.stages.crop import Fit, crop
-from pipelines.stages.decode import decode
-from pipelines.stages.filter import check_caption, check_label, check_size
+from pipelines.stages.decode import decode, identify
+from pipelines.stages.filter import (
+    Filters,
+    ScoreSettings,
+    check_caption,
+    check_label,
+    check_language,
+    check_metadata,
+    check_size,
+)
 from pipelines.stages.write import WriteUnit, encode_png
 from udiff.data.manifest import Plan, UnitEntry, start_plan
 from udiff.data.schema import pictures_schema
 from udiff.data.storage import open_folder
 from udiff.settings import Settings
+
+if TYPE_CHECKING:
+    from pipelines.stages.score import Score
 
 
 class PicturesSettings(Settings):
@@ -35,38 +49,77 @@ class PicturesSettings(Settings):
     captions: Literal["required", "optional"] = "required"
     class_names: tuple[str, ...] = ()
     """With names, every picture must have a label below their number."""
-    min_side: int = Field(default=0, ge=0)
-    """Smallest shorter side of a picture that is taken."""
+    background: str = "white"
+    """What shows where a picture is transparent; a color by a name of CSS or as `#rrggbb`."""
+    jpeg: Literal["full", "draft"] = "full"
+    """`draft` decodes JPEGs no larger than 2 to 4 times `size`: faster, and other pixels."""
+    filters: Filters = Filters()
+    score: ScoreSettings = ScoreSettings()
     max_pixels: int = Field(default=89_478_485, gt=0, le=89_478_485)
     """Most pixels of a picture that is decoded; the limit of the limit is Pillow's own."""
     unit_rows: PositiveInt = 1000
     """Samples that are done in one go, and lost when a job is killed."""
     row_group_size: PositiveInt = 256
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of a worker, for the scores; 0 for the CPU."""
     workers: PositiveInt | None = None
-    """Processes; as many as the cluster has CPUs where it is left open."""
+    """Processes; as many as the cluster has room for where it is left open."""
+
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, color: str) -> str:
+        ImageColor.getrgb(color)  # raises a ValueError that names it
+        return color
 
 
 class PicturesChain:
     """All stages from a piece of a source to its committed unit."""
 
-    def __init__(self, settings: PicturesSettings, source: Source, write: WriteUnit) -> None:
+    def __init__(
+        self, settings: PicturesSettings, source: Source, write: WriteUnit, *, made_by: JsonValue
+    ) -> None:
+        filters, draft = settings.filters, 2 * settings.size if settings.jpeg == "draft" else None
+        num_classes = len(settings.class_names or source.class_names) or None
         self._source = source
         self._stages = (
             source.take,
             partial(check_caption, required=settings.captions == "required"),
-            partial(
-                check_label, num_classes=len(settings.class_names or source.class_names) or None
-            ),
-            partial(decode, max_pixels=settings.max_pixels),
-            partial(check_size, min_side=settings.min_side),
+            partial(check_metadata, filters=filters),
+            partial(check_label, num_classes=num_classes),
+            partial(check_language, languages=filters.languages),
+            partial(identify, max_pixels=settings.max_pixels),
+            partial(check_size, min_side=filters.min_side, max_aspect=filters.max_aspect),
+            partial(decode, background=settings.background, draft_side=draft),
             partial(crop, size=settings.size, fit=settings.fit),
-            encode_png,
         )
+        self._batch_size = settings.score.score_batch_size
+        self._score, found = load_score(settings)
+        if found != made_by:
+            raise ValueError(f"clip {settings.score.clip} is another one on this machine")
         self._write = write
 
     def __call__(self, unit: Unit) -> UnitEntry:
         """Carry a unit from its source to its commit."""
-        return self._write(unit, carry(self._source.read(unit), *self._stages))
+        rows, read = Rows(), self._source.read(unit)
+        # A few at a time: what is decoded takes far more memory than what is cached.
+        while batch := list(islice(read, self._batch_size)):
+            part = carry(batch, *self._stages)
+            if self._score is not None:
+                part = self._score(part)
+            stored = carry(part.kept, encode_png)
+            rows.kept += stored.kept
+            rows.rejected += part.rejected
+        return self._write(unit, rows)
+
+
+def load_score(settings: PicturesSettings) -> "tuple[Score | None, str | None]":
+    """Load the models that score pictures, and their fingerprint; None where none is wanted."""
+    if settings.score.clip is None:
+        return None, None
+    from pipelines.stages.score import Score
+
+    score = Score(settings.score, device="cuda" if settings.gpus else "cpu")
+    return score, score.fingerprint()
 
 
 def plan_pictures(settings: PicturesSettings) -> Plan:
@@ -93,16 +146,18 @@ def make_pictures(settings: PicturesSettings, plan: Plan) -> PrepareReport:
     cuts = run_tasks(_cut, arguments)
     write = WriteUnit(
         output,
-        schema=pictures_schema(settings.size),
+        schema=pictures_schema(settings.size, scores=settings.score.columns()),
         plan=plan.fingerprint,
         row_group_size=settings.row_group_size,
     )
+    settings = settings.model_copy(update={"score": settings.score.absolute()})
+    chain = partial(PicturesChain, made_by=plan.identity["image"].get("scored_by"))
     return run_units(
-        partial(PicturesChain, settings, source, write),
+        partial(chain, settings, source, write),
         [unit for units in cuts for unit in units],
         folder=output,
         plan=plan,
-        workers=Workers(settings.workers),
+        workers=Workers(settings.workers, gpus=settings.gpus),
     )
 
 
@@ -111,13 +166,12 @@ def _cut(source: Source, *arguments: Any) -> list[Unit]:
 
 
 def _plan(settings: PicturesSettings, source: Source) -> Plan:
-    image = {
-        "size": settings.size,
-        "fit": settings.fit,
-        "min_side": settings.min_side,
-        "max_pixels": settings.max_pixels,
-        "captions": settings.captions,
-    }
+    decided_by = ("size", "fit", "background", "jpeg", "max_pixels", "captions")
+    image = settings.model_dump(mode="json", include={*decided_by, "filters", "score"})
+    scores = image.pop("score")
+    if settings.score.clip is not None:
+        limits = {name: scores[name] for name in ("min_clip_score", "min_aesthetic")}
+        image |= {**limits, "scored_by": load_score(settings)[1]}
     return Plan(
         kind="pictures",
         identity={"image": image},

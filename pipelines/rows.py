@@ -29,7 +29,18 @@ class Reason(StrEnum):
     UNSUPPORTED = "decode/unsupported"
     TOO_SMALL = "filter/too_small"
     TOO_LARGE = "filter/too_large"
+    BAD_ASPECT = "filter/bad_aspect"
     BAD_LABEL = "filter/bad_label"
+    WATERMARK = "filter/watermark"
+    UNSAFE = "filter/unsafe"
+    UNLIKE_CAPTION = "filter/unlike_caption"
+    UNSCORED = "filter/unscored"
+    LANGUAGE = "filter/language"
+    UGLY = "filter/ugly"
+    DUPLICATE = "dedup/duplicate"
+    RECAPTION_EMPTY = "recaption/empty"
+    RECAPTION_REPEATED = "recaption/repeated"
+    RECAPTION_TOO_LONG = "recaption/too_long"
     NOT_FINITE = "encode/not_finite"
 
 

@@ -42,7 +42,8 @@ class Source(Protocol):
     def take(self, row: Row) -> Row:
         """Stage.
 
-        Writes: file (bytes of the picture); caption ("" for none); label as it is written, or None.
+        Writes: file (bytes of the picture); caption ("" for none); label as it is written, or None;
+        metadata (mapping of what else is known of it), where there is any.
         Refuses: a missing or empty picture, text that cannot be read.
         """
         ...

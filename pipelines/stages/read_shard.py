@@ -53,7 +53,8 @@ def take_fields(row: Row) -> Row:
     The caption is `.txt`, else `caption` in `.json`; the label is `.cls`, else `label` in `.json`.
 
     Reads: members.
-    Writes: file (bytes of the picture); caption ("" for none); label as it is written, or None.
+    Writes: file (bytes of the picture); caption ("" for none); label as it is written, or None;
+    metadata (all that `.json` says).
     Refuses: a missing or empty picture, text that cannot be read.
     """
     members = row["members"]
@@ -68,7 +69,7 @@ def take_fields(row: Row) -> Row:
         raise Refusal(Reason.BAD_TEXT, f"caption is a {type(caption).__name__}")
     caption = encodable(caption or "").strip()
     label = _text(members["cls"]) if "cls" in members else described.get("label")
-    kept = {"key": row["key"], "source": row["source"]}
+    kept = {"key": row["key"], "source": row["source"], "metadata": described}
     return {**kept, "file": members[extension], "caption": caption, "label": label}
 
 

@@ -35,9 +35,10 @@ def _png(seed):
 def _make_pictures(settings):
     source, output = open_source(settings.input), open_folder(settings.output)
     plan = plan_pictures(settings)
-    schema = pictures_schema(settings.size)
+    schema = pictures_schema(settings.size, scores=settings.score.columns())
     write = WriteUnit(output, schema=schema, plan=plan.fingerprint, row_group_size=4)
-    chain = PicturesChain(settings, source, write)
+    made_by = plan.identity["image"].get("scored_by")
+    chain = PicturesChain(settings, source, write, made_by=made_by)
     cuts = [source.cut(output, *file, settings.unit_rows) for file in plan.inputs.items()]
     units = [unit for units in cuts for unit in units]
     for unit in units:

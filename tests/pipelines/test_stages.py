@@ -10,7 +10,7 @@ from PIL import Image
 from jobs.fashion_mnist import bomb_png
 from pipelines.rows import Reason, Refusal, carry, stable_text
 from pipelines.stages.crop import center_crop, crop
-from pipelines.stages.decode import decode, to_rgb
+from pipelines.stages.decode import decode, identify, to_rgb
 from pipelines.stages.filter import check_caption, check_label, check_size
 from pipelines.stages.read_shard import take_fields
 from udiff.data.schema import NO_LABEL
@@ -34,7 +34,7 @@ def _decode(file):
 
 
 def _decode_row(row):
-    return decode(row, max_pixels=MAX_PIXELS)
+    return decode(identify(row, max_pixels=MAX_PIXELS))
 
 
 # ---------------------------------------------------------------- read
@@ -225,4 +225,7 @@ def test_messages_lose_what_differs_between_runs():
 
 
 def test_reasons_are_a_stage_and_a_name():
-    assert all(re.fullmatch(r"(read|decode|filter|encode)/[a-z_]+", each) for each in Reason)
+    assert all(
+        re.fullmatch(r"(read|decode|filter|dedup|recaption|encode)/[a-z_]+", each)
+        for each in Reason
+    )

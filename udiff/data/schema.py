@@ -54,9 +54,10 @@ REJECTED_SCHEMA = pa.schema(
 """Columns of the rows that are in no cache, and why."""
 
 
-def pictures_schema(size: int) -> pa.Schema:
+def pictures_schema(size: int, *, scores: Sequence[str] = ()) -> pa.Schema:
     """Describe a cache of square pictures: `image` holds PNG bytes, uint8 RGB once decoded."""
-    return pa.schema([*_SAMPLE, image_field((size, size, 3))])
+    scored = [pa.field(name, pa.float32(), nullable=False) for name in scores]
+    return pa.schema([*_SAMPLE, *scored, image_field((size, size, 3))])
 
 
 def latents_schema(shape: Sequence[int], *, image_shape: Sequence[int] | None = None) -> pa.Schema:
