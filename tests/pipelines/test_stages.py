@@ -128,6 +128,30 @@ def test_transparency_becomes_white():
         assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_the_background_of_transparent_pictures_has_a_name():
+    hidden = {"opened": Image.new("RGBA", (2, 2), (200, 10, 10, 0)), "width": 2, "height": 2}
+    assert decode(hidden, background="navy")["picture"].getpixel((0, 0)) == (0, 0, 128)
+
+
+@pytest.mark.parametrize(("kind", "side"), [("JPEG", 200), ("PNG", 800)])
+def test_only_jpegs_are_drafted_and_keep_their_size_on_record(kind, side):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    row = {"key": "a", "source": "s", "file": _bytes(_noise(1000, 800), kind, exif=exif)}
+    found = decode(identify(row, max_pixels=MAX_PIXELS), draft_side=200)
+    assert (found["width"], found["height"]) == (800, 1000)
+    assert found["picture"].width == side
+
+
+def test_of_an_animation_the_first_frame_is_taken():
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
+    for kind in ("GIF", "WEBP", "PNG", "AVIF"):
+        file = _bytes(frames[0], kind, save_all=True, append_images=frames[1:])
+        red, green, blue = _decode(file)["picture"].getpixel((4, 4))
+        assert red > 240
+        assert max(green, blue) < 15
+
+
 def test_sixteen_bits_are_scaled_to_eight():
     values = np.array([[0, 257 * 128, 65535]], np.uint16)
     row = _decode(_bytes(Image.fromarray(values)))
