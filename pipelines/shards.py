@@ -81,7 +81,16 @@ def list_shards(folder: Folder) -> list[str]:
 def fingerprint(folder: Folder, shard: str) -> str:
     """Tell a shard from another of its name by its size, its statistics and its first bytes."""
     digest = hashlib.sha256(folder.read(_stats_name(shard)))
-    with folder.open(shard) as file:
+    return _add_content(digest, folder, shard)
+
+
+def fingerprint_file(folder: Folder, name: str) -> str:
+    """Tell a file from another of its name by its size and its first bytes."""
+    return _add_content(hashlib.sha256(), folder, name)
+
+
+def _add_content(digest: "hashlib._Hash", folder: Folder, name: str) -> str:
+    with folder.open(name) as file:
         digest.update(str(file.size()).encode())
         digest.update(file.read(_FINGERPRINT_BYTES))
     return digest.hexdigest()

@@ -7,6 +7,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+from tests.bucket import bucket_server
+
 # Shapes in public signatures are checked in tests. The hook must come before the first import.
 for package in ("udiff.nn", "udiff.diffusion", "udiff.samplers", "udiff.autoencoders"):
     install_import_hook(package, "beartype.beartype")
@@ -32,3 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _one_thread():
     """Equal results and equal speed, however many tests run beside each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """URI of a folder in an empty bucket, which does not exist yet."""
+    with bucket_server(tmp_path_factory.mktemp("bucket")) as uri:
+        yield uri

@@ -1,7 +1,10 @@
 """Folders on a local disk or in a bucket, through pyarrow: nothing half-written is ever visible."""
 
+import fcntl
 import os
 import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +69,25 @@ class Folder:
         with self.filesystem.open_output_stream(f"{self.path}/{name}") as stream:
             stream.write(data)
 
+    def publish(self, files: Mapping[str, bytes | pa.Buffer]) -> bool:
+        """Write files that belong together, the last of which is their commit.
+
+        On a local disk the first of several writers wins, whole: what it commits is never mixed
+        with what another wrote. A bucket has no lock, so there a second writer is stopped only by
+        a commit that it sees.
+
+        Returns:
+            False where the commit was there already, and nothing was written.
+        """
+        commit = list(files)[-1]
+        if self._is_local:
+            return _publish_local(Path(self.path), files, commit)
+        for name, data in files.items():
+            if self.exists(commit):
+                return False
+            self.write(name, data)
+        return True
+
     def remove_temporaries(self) -> None:
         """Delete what killed writers left here.
 
@@ -88,7 +110,50 @@ def open_folder(location: str | Path) -> Folder:
     return Folder(fs.LocalFileSystem(), str(Path(location).expanduser().absolute()))
 
 
+def open_file_or_folder(location: str) -> tuple[Folder, str]:
+    """Open a folder, or the folder of a file together with the file's name; "" for a folder.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+    """
+    there = open_folder(location)
+    kind = there.filesystem.get_file_info(there.path).type
+    if kind == fs.FileType.NotFound:
+        raise FileNotFoundError(f"there is nothing at {there}")
+    if kind != fs.FileType.File:
+        return there, ""
+    parent, _, name = there.path.rpartition("/")
+    return Folder(there.filesystem, parent, there.options), name
+
+
 def _replace_local(path: Path, data: bytes | pa.Buffer) -> None:
+    temporary = _write_temporary(path, data)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _publish_local(folder: Path, files: Mapping[str, bytes | pa.Buffer], commit: str) -> bool:
+    written: dict[Path, Path] = {}
+    try:
+        for name, data in files.items():
+            written[folder / name] = _write_temporary(folder / name, data)
+        with _locked(folder):
+            if (folder / commit).exists():
+                return False
+            for path, temporary in written.items():
+                temporary.replace(path)
+                _sync_folder(path.parent)
+        return True
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _write_temporary(path: Path, data: bytes | pa.Buffer) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Workers of a killed job live on for a while, so two processes may write the same file.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}")
@@ -97,11 +162,18 @@ def _replace_local(path: Path, data: bytes | pa.Buffer) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    return temporary
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out; a lock ends with the process that has it."""
+    with (folder / f".lock{_TEMPORARY_SUFFIX}").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _sync_folder(path: Path) -> None:
