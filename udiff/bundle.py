@@ -143,6 +143,7 @@ def load_latent_decoder(recipe: FamilyRecipe) -> KLAutoencoder:
     autoencoder = load_autoencoder(settings.path)
     if settings.mean is not None and settings.std is not None:
         autoencoder.set_statistics(*settings.statistics(len(settings.mean)))
+    autoencoder.save_memory(sliced=settings.sliced, tile=settings.tile)
     return autoencoder
 
 

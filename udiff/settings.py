@@ -153,6 +153,11 @@ class AutoencoderSettings(EncoderSettings):
     std: tuple[float, ...] | None = None
     multiplier: float = Field(default=1.0, gt=0)
     """Normalized latents are multiplied by this."""
+    sliced: bool = False
+    """Decode one picture at a time: less memory, same pictures."""
+    tile: PositiveInt | None = None
+    """Side in pixels of the overlapping squares in which larger pictures are decoded: memory for
+    one square, at the price of slight differences between squares."""
 
     @model_validator(mode="after")
     def _statistics_go_together(self) -> "AutoencoderSettings":

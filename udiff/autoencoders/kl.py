@@ -95,6 +95,30 @@ class KLAutoencoder(nn.Module):
         self.latent_mean.copy_(_per_channel(mean, channels))
         self.latent_std.copy_(_per_channel(std, channels))
 
+    def save_memory(self, *, sliced: bool = False, tile: int | None = None) -> None:
+        """Encode and decode one picture at a time, and large ones in tiles, from now on.
+
+        Args:
+            sliced: changes nothing but the last bits, and the memory.
+            tile: side of the overlapping squares in pixels; what is larger is cut into them, which
+                changes its values a little (group norm and attention see one square).
+
+        Raises:
+            ValueError: a fourth of a tile, by which neighbors overlap, is no whole latent.
+        """
+        if sliced:
+            self.model.enable_slicing()
+        if tile is None:
+            return
+        if tile % (4 * self.downscale):
+            raise ValueError(
+                f"autoencoder.tile must be a multiple of {4 * self.downscale}, 4 latents of this "
+                f"autoencoder, got {tile}"
+            )
+        self.model.enable_tiling()
+        self.model.tile_sample_min_size = tile
+        self.model.tile_latent_min_size = tile // self.downscale
+
     @property
     def downscale(self) -> int:
         """Pixels along one side of a latent element."""

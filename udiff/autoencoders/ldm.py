@@ -7,14 +7,19 @@ convolution, attention in the encoder alone, and embeddings of another width tha
 output.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 
 from udiff.autoencoders.kl import Moments, split_moments
+from udiff.autoencoders.tiles import map_tiles
 
 Activations = Float[Tensor, "batch channels height width"]
 Changed = Float[Tensor, "batch other_channels other_height other_width"]
@@ -81,6 +86,8 @@ class LDMAutoencoder(nn.Module):
         self.decoder = Decoder(architecture)
         self.quant_conv = nn.Conv2d(2 * hidden, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, hidden, 1)
+        self.use_slicing = self.use_tiling = False
+        self.tile_sample_min_size = self.tile_latent_min_size = 0
 
     @property
     def config(self) -> LDMConfig:
@@ -88,13 +95,32 @@ class LDMAutoencoder(nn.Module):
         own = self.architecture
         return LDMConfig(own.latent_channels, own.level_channels, own.norm_groups)
 
+    def enable_slicing(self) -> None:
+        """Run one picture at a time from now on."""
+        self.use_slicing = True
+
+    def enable_tiling(self) -> None:
+        """Run pictures larger than a tile in tiles from now on; their sizes are to be set."""
+        self.use_tiling = True
+
     def encode(self, pixels: Float[Tensor, "batch 3 height width"]) -> Encoded:
         """Encode to the distribution of raw latents."""
-        return Encoded(split_moments(self.quant_conv(self.encoder(pixels))))
+        moments = self._run(lambda x: self.quant_conv(self.encoder(x)), pixels, encodes=True)
+        return Encoded(split_moments(moments))
 
     def decode(self, raw: Activations) -> Decoded:
         """Decode raw latents."""
-        return Decoded(self.decoder(self.post_quant_conv(raw)))
+        pixels = self._run(lambda x: self.decoder(self.post_quant_conv(x)), raw, encodes=False)
+        return Decoded(pixels)
+
+    def _run(self, network: Callable[[Tensor], Tensor], x: Tensor, *, encodes: bool) -> Tensor:
+        if self.use_tiling:
+            sides = (self.tile_latent_min_size, self.tile_sample_min_size)
+            made, side = sides if encodes else sides[::-1]
+            network = partial(map_tiles, network, side=side, scale=Fraction(made, side))
+        if not self.use_slicing:
+            return network(x)
+        return torch.cat([network(each) for each in x.split(1)])
 
 
 class Encoder(nn.Module):

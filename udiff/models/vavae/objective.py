@@ -59,7 +59,8 @@ class GeneratorObjective:
     taming-transformers (arXiv 2012.09841).
     """
 
-    perceptual: Perceptual
+    perceptual: Perceptual | None
+    """None leaves the distance out."""
     bound: Bound
     latent_channels: int
     downscale: int
@@ -79,12 +80,15 @@ class GeneratorObjective:
         made: Reconstruction = autoencoder(pixels, draws["noise"])
         model = autoencoder.model
         layers = LastLayers(model.encoder.conv_out.weight, model.decoder.conv_out.weight)
-        distance = self.perceptual(pixels, made.pixels)
-        error = (pixels - made.pixels).abs() + self.perceptual_weight * distance
+        error, terms = (pixels - made.pixels).abs(), {}
+        if self.perceptual is not None:
+            distance = self.perceptual(pixels, made.pixels)
+            error = error + self.perceptual_weight * distance
+            terms["lpips"] = distance.mean()
         nll, kl = self.bound(error, made.moments)
         nll = differentiate_once(nll, made.pixels)
         total = nll + self.kl_weight * kl
-        terms = {"nll": nll, "kl": kl, "error": error.mean(), "lpips": distance.mean()}
+        terms |= {"nll": nll, "kl": kl, "error": error.mean()}
         attempt = Attempt(batch, layers, draws["step"], made, nll)
         for extra in self.extras:
             losses = extra(attempt)

@@ -150,8 +150,10 @@ def make_generator_objective(
     if settings.alignment:
         path = settings.perceptual_path
         extras.append(make_alignment(settings.alignment, modules["projection"], path))
+    if perceptual is None and settings.perceptual_weight > 0:
+        perceptual = Frozen(partial(load_lpips, settings.perceptual_path))
     return GeneratorObjective(
-        perceptual or Frozen(partial(load_lpips, settings.perceptual_path)),
+        perceptual,
         SummedBound(settings.logvar) if settings.reduction == "sum" else averaged_bound,
         network.latent_channels,
         network.downscale,

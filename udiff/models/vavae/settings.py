@@ -94,6 +94,7 @@ class ObjectiveSettings(Settings):
 
     kl_weight: float = Field(default=1e-6, ge=0)
     perceptual_weight: float = Field(default=1.0, ge=0)
+    """0 does without LPIPS, whose network is most of a small autoencoder's work."""
     perceptual_path: str | None = None
     """File of LPIPS weights; null takes VGG16 of torchvision and the heads of the package lpips."""
     reduction: Literal["sum", "mean"] = "sum"
