@@ -182,5 +182,7 @@ def test_tiles_bound_the_memory_of_a_large_picture():
 
 
 def test_a_tile_of_no_whole_latents_is_refused():
-    with pytest.raises(ValueError, match="tile must be a multiple of 8, 4 latents of this autoencoder, got 20"):
+    with pytest.raises(
+        ValueError, match="tile must be a multiple of 8, 4 latents of this autoencoder, got 20"
+    ):
         KLAutoencoder(small()).save_memory(tile=20)
