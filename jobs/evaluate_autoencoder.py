@@ -1,7 +1,10 @@
-"""Judge any autoencoder on a cache of pictures: distances, latent statistics, speed, memory.
+"""Judge any autoencoder on pictures: distances, latent statistics, speed, memory.
 
     python -m jobs.evaluate_autoencoder --autoencoder runs/vavae/bundle --pictures HELD_OUT \\
         --lpips .testdata/lpips_vgg16.safetensors --out runs/vavae/evaluation
+
+Pictures are a cache, or web shards and whatever else `jobs.prepare` takes, with `--size`: the
+shorter side is scaled to it, antialiased, and the middle cut out, as published evaluations do.
 
 An autoencoder is a hub id or folder of diffusers, a bundle, or an official checkpoint. Latents are
 sampled, as in the published evaluations. LPIPS and SSIM see the reconstruction as it is, PSNR and
@@ -20,7 +23,7 @@ import numpy as np
 import torch
 
 from jobs.cluster import connect
-from jobs.console import run_job
+from jobs.console import make_parser, run_job
 from jobs.picture_grid import draw_grid
 from pipelines.reconstruct import Reconstructions, ReconstructSettings, reconstruct_pictures
 from udiff.evaluation.frechet import frechet_distance
@@ -47,6 +50,8 @@ class AutoencoderEvaluation:
     features: str
     feature_size: int
     num_pictures: int
+    num_rejected: int
+    """Rows that are no pictures; they are left out."""
 
 
 def evaluate_autoencoder(
@@ -56,7 +61,7 @@ def evaluate_autoencoder(
     connect()
     found = reconstruct_pictures(settings, workers=workers, gpus=gpus)
     mean, square = found.latent_mean.mean(0), found.latent_square.mean(0)
-    encode_s, decode_s, num_timed, _ = found.timing.sum(0)
+    encode_s, decode_s, num_timed, _, num_rows = found.timing.sum(0)
     distance = frechet_distance(
         torch.from_numpy(found.features), torch.from_numpy(found.reconstructed_features)
     )
@@ -72,7 +77,8 @@ def evaluate_autoencoder(
         peak_gib=float(found.timing[:, 3].max() / 2**30),
         features=settings.features,
         feature_size=settings.feature_size,
-        num_pictures=settings.num_pictures,
+        num_pictures=len(found.psnr),
+        num_rejected=int(num_rows) - len(found.psnr),
     )
     return evaluation, found
 
@@ -101,17 +107,16 @@ def _run(options: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.evaluate_autoencoder",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("jobs.evaluate_autoencoder", __doc__)
     add, defaults = parser.add_argument, ReconstructSettings.model_fields
     add("--autoencoder", required=True, help="hub id, folder, checkpoint or bundle")
-    add("--pictures", required=True, help="pictures cache")
+    add("--pictures", required=True, help="pictures cache, web shards or folder")
+    add("--size", type=int, help="side to which pictures of no cache are cropped")
+    add("--num-pictures", type=int, help="the first so many (default: all)")
     add("--lpips", help="file of LPIPS weights (default: torchvision and the package lpips)")
+    add("--sliced", action="store_true", help="run one picture at a time")
+    add("--tile", type=int, help="run larger pictures in squares of this side")
     for name, about in (
-        ("num_pictures", "how many, the first of the cache"),
         ("num_examples", "pictures shown"),
         ("feature_size", "pixels"),
         ("batch_size", "pictures per network call"),
