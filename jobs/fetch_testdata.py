@@ -17,6 +17,7 @@ from jobs.console import run_job
 
 FOLDER = Path(__file__).parents[1] / ".testdata"
 PILLOW = "pillow==13.0.0"
+PHOTOGRAPHS = "scikit-image==0.26.0"
 
 
 def fetch_pillow_images() -> Path:
@@ -26,6 +27,15 @@ def fetch_pillow_images() -> Path:
         A folder of about a thousand files.
     """
     return fetch_files(PILLOW, part="Tests/images", source=True)
+
+
+def fetch_photographs() -> Path:
+    """Fetch scikit-image's own pictures: some twenty photographs among them.
+
+    Returns:
+        A folder of pictures and other files.
+    """
+    return fetch_files(PHOTOGRAPHS, part="skimage/data")
 
 
 def fetch_files(requirement: str, *, part: str, source: bool = False) -> Path:
@@ -53,7 +63,12 @@ def fetch_files(requirement: str, *, part: str, source: bool = False) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    return run_job(lambda: print(fetch_pillow_images()), failures=(RuntimeError,))
+    return run_job(_fetch_all, failures=(RuntimeError,))
+
+
+def _fetch_all() -> None:
+    for fetch in (fetch_pillow_images, fetch_photographs):
+        print(fetch())
 
 
 def _download(requirement: str, folder: Path, *, source: bool) -> Path:

@@ -1,6 +1,7 @@
 """Make the caches that training reads.
 
     python -m jobs.prepare pictures --input SHARDS --output PICTURES --size 256
+    python -m jobs.prepare dedup --input PICTURES --output DEDUPED
     python -m jobs.prepare latents --input PICTURES --output LATENTS --autoencoder VAE
 
 Killed at any moment and started again with the same arguments, it goes on where it was.
@@ -15,6 +16,7 @@ from typing import Any
 
 from jobs.cluster import connect
 from jobs.console import make_parser, run_job
+from pipelines.dedup import DedupSettings, make_deduped, plan_dedup
 from pipelines.latents import LatentsSettings, make_latents, plan_latents
 from pipelines.pictures import PicturesSettings, make_pictures, plan_pictures
 from pipelines.schedule import FailedUnitsError, PrepareReport
@@ -29,6 +31,13 @@ def prepare_pictures(settings: PicturesSettings) -> PrepareReport:
     return make_pictures(settings, plan)
 
 
+def prepare_dedup(settings: DedupSettings) -> PrepareReport:
+    """Make, or finish, a cache of pictures without duplicates."""
+    plans = plan_dedup(settings)
+    connect()
+    return make_deduped(settings, plans)
+
+
 def prepare_latents(settings: LatentsSettings) -> PrepareReport:
     """Make, or finish, a cache of latents, on the running Ray or one of its own."""
     plan = plan_latents(settings)
@@ -41,8 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
 
     def job() -> None:
-        if options.pop("kind") == "latents":
+        kind = options.pop("kind")
+        if kind == "latents":
             _print(prepare_latents(LatentsSettings(**options)))
+        elif kind == "dedup":
+            _print(prepare_dedup(DedupSettings(**options)))
         else:
             _print(prepare_pictures(_pictures_settings(options)))
 
@@ -51,8 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("jobs.prepare", __doc__)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{pictures,latents}")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{pictures,dedup,latents}")
     _add_pictures(_command(kinds, "pictures", "web shards -> square pictures"))
+    _add_dedup(_command(kinds, "dedup", "pictures -> the same without duplicates"))
     _add_latents(_command(kinds, "latents", "pictures -> latents of an autoencoder"))
     return parser
 
@@ -108,6 +121,22 @@ def _pictures_settings(options: dict[str, Any]) -> PicturesSettings:
     filters = Filters(**{name: options.pop(name) for name in Filters.model_fields})
     score = ScoreSettings(**{name: options.pop(name) for name in ScoreSettings.model_fields})
     return PicturesSettings(**options, class_names=names, filters=filters, score=score)
+
+
+def _add_dedup(parser: argparse.ArgumentParser) -> None:
+    add = _adder(parser, DedupSettings)
+    add("input", "folder or bucket URI of a pictures cache")
+    add("output", "folder or bucket URI of the cache")
+    methods = ["exact", "perceptual", "embedding"]
+    add("method", "compare all pixels, perceptual hashes, or CLIP embeddings", choices=methods)
+    add("max-distance", "bits of 64 by which perceptual hashes may differ", type=int)
+    add("min-cosine", "of the embeddings of duplicates, at least", type=float)
+    add("clip", "for embedding: open_clip's NAME:WEIGHTS, hf-hub:ID or local-dir:FOLDER")
+    add("batch-size", "pictures embedded together", type=int)
+    add("part-rows", "signatures that one task holds in memory", type=int)
+    add("row-group-size", "rows of a parquet row group", type=int)
+    add("gpus", "GPUs of a worker that embeds; 0 for the CPU", type=float)
+    add("workers", "processes; None for as many as the cluster has room for", type=int)
 
 
 def _add_latents(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,7 @@ REJECTED = "rejected"
 INDEX = "index"
 _REQUESTS = 16  # to a bucket, at a time
 
-Kind = Literal["shards", "pictures", "latents"]
+Kind = Literal["shards", "pictures", "signatures", "latents"]
 Identity = dict[str, dict[str, JsonValue]]
 """Per column, what made it."""
 
