@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jobs.cluster import connect
 from jobs.console import make_parser, run_job
@@ -20,6 +20,7 @@ from pipelines.dedup import DedupSettings, make_deduped, plan_dedup
 from pipelines.latents import LatentsSettings, make_latents, plan_latents
 from pipelines.pictures import PicturesSettings, make_pictures, plan_pictures
 from pipelines.schedule import FailedUnitsError, PrepareReport
+from pipelines.source import Kind
 from pipelines.stages.filter import Filters, ScoreSettings
 from udiff.settings import Settings
 
@@ -81,7 +82,9 @@ def _command(kinds: Any, name: str, about: str) -> argparse.ArgumentParser:
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add = _adder(parser, PicturesSettings)
-    add("input", "folder or bucket URI of the shards (*.tar with *_stats.json)")
+    add("input", "shards (*.tar with *_stats.json), a JSON list, parquet files, or a folder")
+    add("source", "what --input is; None looks what is there", choices=get_args(Kind))
+    add("pictures", "folder that the paths in a JSON list are relative to, if not its own")
     add("output", "folder or bucket URI of the cache")
     add("size", "side of the square in pixels", type=int)
     add("fit", "crop scales and cuts, pad puts black around", choices=["crop", "pad"])
