@@ -5,7 +5,7 @@ from typing import Any
 
 from udiff.autoencoders.kl import KLAutoencoder
 from udiff.bundle import load_autoencoder
-from udiff.data.manifest import Manifest, identity_difference, read_manifest
+from udiff.data.manifest import Manifest, check_identity, identity_difference, read_manifest
 from udiff.data.storage import Folder, open_folder
 from udiff.recipe import update_recipe
 from udiff.settings import AutoencoderSettings
@@ -26,7 +26,8 @@ def resolve(recipe: FamilyRecipe) -> Resolved:
 
     Raises:
         FileNotFoundError: there is no cache, or no autoencoder.
-        ValueError: no cache is named; it was made by another autoencoder, or has other shapes.
+        ValueError: no cache is named; it was made by another autoencoder or another encoder than
+            the recipe's, or has other shapes.
     """
     if recipe.data.cache is None:
         raise ValueError("data.cache is not set: name the folder that jobs.prepare wrote")
@@ -40,6 +41,10 @@ def resolve(recipe: FamilyRecipe) -> Resolved:
         _check_autoencoder(autoencoder, recipe.autoencoder, manifest, cache)
         changes["autoencoder"] = _statistics(autoencoder, recipe.autoencoder, manifest)
         _check_latent_shape(recipe, manifest, cache)
+    try:
+        check_identity(manifest, recipe.cache_identity())
+    except ValueError as error:
+        raise ValueError(f"data.cache {cache} does not fit the recipe: {error}") from None
     return Resolved(update_recipe(recipe, changes), cache, manifest)
 
 
@@ -52,7 +57,7 @@ def _check_autoencoder(
             "with `python -m jobs.prepare latents`"
         )
     wanted = {"autoencoder": autoencoder.fingerprint()}
-    made_by = {"autoencoder": manifest.identity["latent"].get("autoencoder")}
+    made_by = {"autoencoder": manifest.identity.get("latent", {}).get("autoencoder")}
     if differences := identity_difference(wanted, made_by):
         raise ValueError(
             f"data.cache {cache} was made by another autoencoder than autoencoder.path "

@@ -246,6 +246,14 @@ class FamilyRecipe(Settings):
     initialize_from: str | None = None
     """Bundle of an earlier run; parameters that both have begin as they are there."""
 
+    def cache_identity(self) -> Mapping[str, Mapping[str, Any]]:
+        """Say what must have made columns of the cache: per column, keys of the cache's identity.
+
+        A family whose cache holds encoded texts names their `encoder` (its fingerprint) here;
+        `autoencoder` needs no mention. Loads the encoders: asked once, before training.
+        """
+        return {}
+
     def build(self) -> System:
         """Make the system with freshly initialized weights."""
         raise TypeError(f"family {self.family} does not say how to build its system")
