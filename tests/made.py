@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -20,7 +20,7 @@ from pipelines.shards import Unit
 from pipelines.stages.write import WriteUnit
 from udiff.bundle import load_autoencoder, save_bundle
 from udiff.data.manifest import Manifest, Plan, finish, start_plan
-from udiff.data.schema import SAMPLE, pictures_schema, tensor_field
+from udiff.data.schema import latents_schema, pictures_schema
 from udiff.data.storage import open_folder
 from udiff.recipe import load_recipe
 from udiff.system import FamilyRecipe
@@ -69,10 +69,7 @@ def write_latents(
     )
     start_plan(folder, plan)
     write = WriteUnit(
-        folder,
-        schema=pa.schema([*SAMPLE, *(tensor_field(name, LATENT) for name in plan.shapes)]),
-        plan=plan.fingerprint,
-        row_group_size=row_group_size,
+        folder, schema=latents_schema(LATENT), plan=plan.fingerprint, row_group_size=row_group_size
     )
     names = []
     for start in range(0, rows, rows_per_file):
@@ -83,14 +80,8 @@ def write_latents(
     return finish(folder, plan, names)
 
 
-def write_pictures(
-    path: Path,
-    pictures: np.ndarray,
-    *,
-    rows_per_file: int = 150,
-    captions: Sequence[str] = ("a picture that was made",),
-) -> Manifest:
-    """Write a cache of pictures, uint8 (rows, size, size, 3); captions come again and again."""
+def write_pictures(path: Path, pictures: np.ndarray, *, rows_per_file: int = 150) -> Manifest:
+    """Write a cache of pictures, uint8 (rows, size, size, 3)."""
     folder, size = open_folder(path), pictures.shape[1]
     plan = Plan(
         kind="pictures",
@@ -107,10 +98,7 @@ def write_pictures(
     for start in range(0, len(pictures), rows_per_file):
         part = pictures[start : start + rows_per_file]
         unit = Unit(f"{start:05d}", "made", num_samples=len(part))
-        rows = [
-            _picture_row(start + k, picture, captions[(start + k) % len(captions)])
-            for k, picture in enumerate(part)
-        ]
+        rows = [_picture_row(start + k, picture) for k, picture in enumerate(part)]
         write(unit, Rows(kept=rows))
         names.append(unit.name)
     return finish(folder, plan, names)
@@ -125,14 +113,14 @@ def draw_pictures(num_pictures: int, size: int, *, seed: int = 0) -> np.ndarray:
     return ((waves + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def _picture_row(key: int, picture: np.ndarray, caption: str) -> dict:
+def _picture_row(key: int, picture: np.ndarray) -> dict:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
     height, width = picture.shape[:2]
     return {
         "key": f"{key:09d}",
         "label": 0,
-        "caption": caption,
+        "caption": "a picture that was made",
         "width": width,
         "height": height,
         "source": "made",
@@ -153,6 +141,16 @@ def _latent_row(key: int, draw: np.random.Generator) -> dict:
         "latent_mean": mean,
         "latent_logvar": np.full(LATENT, -4, np.float16),
     }
+
+
+def save_diffusers_autoencoder(path: Path, *, seed: int = 5) -> None:
+    """Save a tiny random autoencoder as a diffusers folder: 4 channels, 4 pixels to an element."""
+    torch.manual_seed(seed)
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        mid_block_add_attention=False,
+    ).save_pretrained(path)  # fmt: skip
 
 
 def save_t5(path: Path, *, width: int = 24, words: Sequence[str] = WORDS, seed: int = 4) -> None:

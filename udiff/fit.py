@@ -5,22 +5,28 @@ with local_run() as run:
     fit(resolve(load_recipe("ddt/debug")), folder=Path("runs/ddt"), run=run)
 """
 
-from collections.abc import Generator
+import re
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from udiff.bundle import read_weights, save_bundle
+from udiff.data.joined import JoinedStream, split_columns
 from udiff.data.stream import Stream
-from udiff.resolve import Resolved
-from udiff.system import Batch, FamilyRecipe, System
+from udiff.resolve import Resolved, Source
+from udiff.system import PART_SEPARATOR, Batch, FamilyRecipe, System
 from udiff.training.run import Run
 from udiff.training.trainer import Trained, train
 from udiff.weights import load_strictly, strip_prefix
 
 BUNDLE = "bundle"
+_ADAPTED = ".base_layer."
+_ADAPTER = re.compile(r"\.lora_[AB]\.")
+"""PEFT's names of a layer that has an adapter, and of the adapter's own layers."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ def fit(resolved: Resolved, *, folder: Path, run: Run) -> FitReport:
     system = recipe.build()
     if recipe.initialize_from is not None:
         initialize(system, recipe.initialize_from)
-    stream = Stream(resolved.cache, resolved.manifest, system.columns, recipe.data)
+    stream = make_stream(resolved, system.columns)
 
     def batches(first_step: int) -> Generator[Batch, None, None]:
         return stream.batches(
@@ -57,6 +63,18 @@ def fit(resolved: Resolved, *, folder: Path, run: Run) -> FitReport:
     return FitReport(str(folder / BUNDLE), trained.num_steps, trained.images_per_s)
 
 
+def make_stream(resolved: Resolved, columns: tuple[str, ...]) -> Stream | JoinedStream:
+    """Make the stream of a recipe's batches: of one cache, or of a cache per part of the batch."""
+    if not any(PART_SEPARATOR in name for name in columns):
+        return Stream(resolved.cache, resolved.manifest, columns, resolved.recipe.data)
+    main = Source(resolved.cache, resolved.manifest, resolved.recipe.data)
+    streams = {}
+    for part, names in split_columns(columns).items():
+        source = resolved.sources.get(part, main)
+        streams[part] = Stream(source.cache, source.manifest, names, source.settings)
+    return JoinedStream(streams)
+
+
 def initialize(system: System, bundle: str) -> None:
     """Give a system's modules the weights that a bundle has for them; others stay as they are.
 
@@ -72,7 +90,19 @@ def initialize(system: System, bundle: str) -> None:
         )
     for name, found in known.items():
         if found:
-            load_strictly(system.modules[name], found, source=f"initialize_from {bundle}: {name}")
+            module = system.modules[name]
+            source = f"initialize_from {bundle}: {name}"
+            load_strictly(module, _beside_adapters(module, found), source=source)
+
+
+def _beside_adapters(module: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add what PEFT puts around a module's layers to weights that were made without it."""
+    own = module.state_dict()
+    if not any(_ADAPTED in key for key in own) or any(_ADAPTED in key for key in found):
+        return dict(found)
+    adapted = {key.replace(_ADAPTED, "."): key for key in own}
+    fresh = {key: tensor for key, tensor in own.items() if _ADAPTER.search(key)}
+    return fresh | {adapted.get(key, key): tensor for key, tensor in found.items()}
 
 
 def _about(recipe: FamilyRecipe, trained: Trained) -> str:

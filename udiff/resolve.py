@@ -1,15 +1,25 @@
 """Bring a recipe and its cache together: refuse a cache of another make, fill in what it knows."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from udiff.autoencoders.kl import KLAutoencoder
 from udiff.bundle import load_autoencoder
-from udiff.data.manifest import Manifest, check_identity, identity_difference, read_manifest
+from udiff.data.manifest import Manifest, identity_difference, read_manifest
 from udiff.data.storage import Folder, open_folder
 from udiff.recipe import update_recipe
-from udiff.settings import AutoencoderSettings
+from udiff.settings import AutoencoderSettings, DataSettings
 from udiff.system import FamilyRecipe
+
+
+@dataclass(frozen=True)
+class Source:
+    """A cache that a part of every batch is read from."""
+
+    cache: Folder
+    manifest: Manifest
+    settings: DataSettings
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,8 @@ class Resolved:
     recipe: FamilyRecipe
     cache: Folder
     manifest: Manifest
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    """Caches of the parts of the batch that have one of their own."""
 
 
 def resolve(recipe: FamilyRecipe) -> Resolved:
@@ -26,26 +38,30 @@ def resolve(recipe: FamilyRecipe) -> Resolved:
 
     Raises:
         FileNotFoundError: there is no cache, or no autoencoder.
-        ValueError: no cache is named; it was made by another autoencoder or another encoder than
-            the recipe's, or has other shapes.
+        ValueError: no cache is named; it was made by another autoencoder, or has other shapes.
     """
-    if recipe.data.cache is None:
-        raise ValueError("data.cache is not set: name the folder that jobs.prepare wrote")
-    cache = open_folder(recipe.data.cache)
-    manifest = read_manifest(cache)
+    cache, manifest = _open(recipe.data, "data")
+    sources = {
+        name: Source(*_open(settings, f"{name}_data"), settings)
+        for name, settings in recipe.sources.items()
+    }
     changes: dict[str, Any] = {
         "data": {"class_names": recipe.data.class_names or manifest.class_names}
     }
     if recipe.autoencoder is not None:
         autoencoder = load_autoencoder(recipe.autoencoder.path)
-        _check_autoencoder(autoencoder, recipe.autoencoder, manifest, cache)
+        for source in (Source(cache, manifest, recipe.data), *sources.values()):
+            _check_autoencoder(autoencoder, recipe.autoencoder, source.manifest, source.cache)
+            _check_latent_shape(recipe, source.manifest, source.cache)
         changes["autoencoder"] = _statistics(autoencoder, recipe.autoencoder, manifest)
-        _check_latent_shape(recipe, manifest, cache)
-    try:
-        check_identity(manifest, recipe.cache_identity())
-    except ValueError as error:
-        raise ValueError(f"data.cache {cache} does not fit the recipe: {error}") from None
-    return Resolved(update_recipe(recipe, changes), cache, manifest)
+    return Resolved(update_recipe(recipe, changes), cache, manifest, sources)
+
+
+def _open(settings: DataSettings, key: str) -> tuple[Folder, Manifest]:
+    if settings.cache is None:
+        raise ValueError(f"{key}.cache is not set: name the folder that jobs.prepare wrote")
+    cache = open_folder(settings.cache)
+    return cache, read_manifest(cache)
 
 
 def _check_autoencoder(
@@ -57,7 +73,7 @@ def _check_autoencoder(
             "with `python -m jobs.prepare latents`"
         )
     wanted = {"autoencoder": autoencoder.fingerprint()}
-    made_by = {"autoencoder": manifest.identity.get("latent", {}).get("autoencoder")}
+    made_by = {"autoencoder": manifest.identity["latent"].get("autoencoder")}
     if differences := identity_difference(wanted, made_by):
         raise ValueError(
             f"data.cache {cache} was made by another autoencoder than autoencoder.path "

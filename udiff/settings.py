@@ -29,7 +29,9 @@ class ScheduledSettings(Settings):
     weight_decay: float = Field(default=0.0, ge=0)
     eps: float = Field(default=1e-8, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly."""
+    warmup_start: Literal[0, 1] = 1
+    """The first step has this many of `warmup_steps` parts of the rate."""
     final_lr_ratio: Fraction = 1.0
     """Learning rate at the end over `lr`, reached along a cosine; 1 keeps it constant."""
     clip_norm: float | None = Field(default=None, gt=0)
@@ -72,6 +74,9 @@ class EmaSettings(Settings):
 
     decay: float = Field(gt=0, lt=1)
     warmup: bool = False
+    first_step: int = Field(default=0, ge=0)
+    """Number of the step, counted from 1, that is the first to be averaged in; until then the
+    average is the weights themselves."""
 
 
 class TrainSettings(Settings):

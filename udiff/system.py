@@ -22,6 +22,8 @@ from udiff.settings import (
 )
 
 Batch = Mapping[str, Tensor]
+PART_SEPARATOR = "."
+"""In batches and draws of several parts, between the name of a part and of its column."""
 Draws = dict[str, Tensor]
 """Random choices of one step. A draw's first axis is the batch; a draw without axes is shared."""
 
@@ -246,11 +248,11 @@ class FamilyRecipe(Settings):
     initialize_from: str | None = None
     """Bundle of an earlier run; parameters that both have begin as they are there."""
 
-    def cache_identity(self) -> Mapping[str, Mapping[str, Any]]:
-        """Say what must have made columns of the cache: per column, keys of the cache's identity.
+    @property
+    def sources(self) -> dict[str, DataSettings]:
+        """Where parts of the batch come from that are read from a cache of their own.
 
-        A family whose cache holds encoded texts names their `encoder` (its fingerprint) here;
-        `autoencoder` needs no mention. Loads the encoders: asked once, before training.
+        The columns of part `text` are called `text.<column>`; other parts are read from `data`.
         """
         return {}
 

@@ -53,6 +53,10 @@ class T5(nn.Module):
         first = is_end.int().argmax(1) + 1
         return torch.where(is_end.any(1), first, ids.shape[1])
 
+    def tokenize_bare(self, text: str) -> list[int]:
+        """Cut a text into tokens, as many as it has, without an end token."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
     def decode(self, ids: Int64[Tensor, " tokens"]) -> str:
         """Turn ids up to the first end token into text."""
         length = int(self.count_tokens(ids[None])[0])

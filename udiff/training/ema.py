@@ -24,5 +24,7 @@ class Ema:
         decay = self._settings.decay
         if self._settings.warmup:
             decay = min(decay, (1 + step) / (10 + step))
+        if step + 1 < self._settings.first_step:
+            decay = 0.0
         weights = [p.detach() for p in self._weights.values()]
         torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)

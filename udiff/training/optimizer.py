@@ -34,7 +34,7 @@ def make_optimizer(modules: list[nn.Module], settings: OptimizerSettings) -> Opt
 def learning_rate(settings: ScheduledSettings, step: int, num_steps: int) -> float:
     """Compute the rate of a step: linear warm-up, then a cosine from `lr` to its final ratio."""
     if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
+        return settings.lr * (step + settings.warmup_start) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return settings.lr * (settings.final_lr_ratio + (1 - settings.final_lr_ratio) * cosine)

@@ -1,0 +1,329 @@
+"""Dual Diffusion: what is not in the reference vectors."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.made import WORDS, draw_pictures, save_diffusers_autoencoder, save_random_bundle, save_t5
+from udiff.bundle import load_bundle
+from udiff.diffusion.masked_text import MaskTimes, after_end
+from udiff.fit import initialize
+from udiff.generate import Generator
+from udiff.models.dual_diffusion.network import DualDiffusion
+from udiff.recipe import RecipeError, load_recipe
+from udiff.samplers.unmask import unmask
+from udiff.system import FamilyRecipe, Query, Rng, Steps, System
+from udiff.training.optimizer import make_optimizer
+from udiff.training.shard import checkpoint_activations
+
+VOCABULARY = len(WORDS) + 4
+MASK = VOCABULARY - 1
+SMALL = (
+    f"network={{depth: 2, num_heads: 2, head_dim: 8, text_dim: 24, vocab_size: {VOCABULARY}}}",
+    f"text={{max_tokens: 12, mask_id: {MASK}}}",
+    "sampling.image={num_steps: 3, guidance_scale: 2}",
+    "sampling.text={caption_steps: 6, answer_steps: 4}",
+)
+ONLY_TEXT = "objective.image.weight=0"
+ONLY_IMAGE = "objective.text.weight=0"
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    save_t5(folder / "t5")
+    save_diffusers_autoencoder(folder / "vae")
+    return folder
+
+
+@pytest.fixture
+def recipe(encoders):
+    def load(*overrides: str, name: str = "dual_diffusion/debug") -> FamilyRecipe:
+        paths = [
+            f"autoencoder={{path: {encoders / 'vae'}}}",
+            f"text_encoder={{path: {encoders / 't5'}, pad: end}}",
+        ]
+        return load_recipe(name, [*SMALL, *paths, *overrides])
+
+    return load
+
+
+def _batch(rows: int = 6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    batch: dict[str, torch.Tensor] = {}
+    for part in ("image", "text"):
+        batch[f"{part}.latent_mean"] = torch.randn(rows, 4, 8, 8, generator=generator)
+        batch[f"{part}.latent_logvar"] = torch.full((rows, 4, 8, 8), -4.0)
+        for name in ("caption", "recaption", "conversation"):
+            ids = torch.randint(3, MASK, (rows, 12), generator=generator).int()
+            ids[:, 8:] = 1
+            batch[f"{part}.{name}_tokens"] = ids
+    batch["text.conversation_learned"] = (torch.arange(12) >= 4).int().expand(rows, 12)
+    return batch
+
+
+def _losses(system: System, batch=None, step: int = 0):
+    [phase] = system.phases
+    batch = batch or _batch()
+    columns = {name: batch[name] for name in system.columns}
+    return phase.loss(columns, phase.draw(columns, Rng(0).at(step)))
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize(
+    ("overrides", "terms"),
+    [
+        ((), {"image_data_mse", "text_masked_nll"}),
+        (("objective.text.source=conversation",), {"image_data_mse", "text_masked_nll"}),
+        ((ONLY_TEXT,), {"text_masked_nll"}),
+        ((ONLY_IMAGE, "objective.image.recaption_prob=0.5"), {"image_data_mse"}),
+        (("objective.text.is_antithetic=false",), {"image_data_mse", "text_masked_nll"}),
+        (("objective.text.padding=ignored",), {"image_data_mse", "text_masked_nll"}),
+        (("lora={rank: 2}",), {"image_data_mse", "text_masked_nll"}),
+        ((ONLY_TEXT, "lora={rank: 2}"), {"text_masked_nll"}),
+    ],
+)
+def test_what_learns_has_gradients_and_gets_better(recipe, overrides, terms):
+    torch.manual_seed(0)
+    system = recipe(*overrides).build()
+    [phase] = system.phases
+    assert set(_losses(system).terms) == terms
+    optimizer = make_optimizer([system.modules[name] for name in phase.modules], phase.optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = 3e-3
+    values = []
+    for _ in range(12):
+        total = _losses(system).total
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        values.append(total.item())
+    idle = [
+        key
+        for name in phase.modules
+        for key, p in system.modules[name].named_parameters()
+        if p.requires_grad and p.grad is None
+    ]
+    assert not idle
+    assert values[-1] < 0.99 * values[0]
+
+
+def test_alignment_trains_the_row_of_the_mask_and_what_is_named(recipe):
+    torch.manual_seed(0)
+    system = recipe(ONLY_TEXT, "objective.learned=[mask_row, denoiser.text_proj_out]").build()
+    _losses(system).total.backward()
+    learned = {
+        f"{name}.{key}"
+        for name, module in system.modules.items()
+        for key, p in module.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
+    }
+    assert learned == {
+        "mask_row.weight", "denoiser.text_proj_out.weight", "denoiser.text_proj_out.bias",
+    }  # fmt: skip
+    plain = recipe().build()
+    assert set(plain.modules["mask_row"].state_dict()) == {"weight"}
+    assert not list(plain.modules["mask_row"].parameters())
+
+
+def test_activation_checkpointing_changes_no_gradient(recipe):
+    def gradients(prepare) -> torch.Tensor:
+        torch.manual_seed(0)
+        system = recipe().build()
+        prepare(system)
+        _losses(system).total.backward()
+        grads = [p.grad for p in system.modules["denoiser"].parameters() if p.grad is not None]
+        return torch.cat([grad.flatten() for grad in grads])
+
+    def ours(system: System) -> None:
+        for unit in system.shard_units:
+            checkpoint_activations(unit)
+
+    plain = gradients(lambda _: None)
+    assert torch.equal(gradients(ours), plain)
+    of_diffusers = gradients(lambda s: s.modules["denoiser"].enable_gradient_checkpointing())
+    assert torch.equal(of_diffusers, plain)
+
+
+def test_logits_where_they_are_wanted_are_those_of_all(recipe):
+    network = recipe().build().modules["denoiser"]
+    latent, t, text = torch.randn(2, 4, 8, 8), torch.zeros(2), torch.randn(2, 12, 24)
+    everywhere = torch.ones(2, 12, dtype=torch.bool)
+    some = torch.rand(2, 12) < 0.4
+    logits = network(latent, t, text=text, logits_at=everywhere).output
+    torch.testing.assert_close(
+        network(latent, t, text=text, logits_at=some).output, logits[some.flatten()]
+    )
+    with pytest.raises(ValueError, match="needs a latent"):
+        network(None, t, text=text)
+
+
+def test_a_lora_run_begins_from_the_bundle_of_a_whole_one(recipe, tmp_path):
+    save_random_bundle(tmp_path / "base", recipe(), seed=1)
+    base = load_bundle(tmp_path / "base").system
+    adapted = recipe("lora={rank: 2}").build()
+    initialize(adapted, str(tmp_path / "base"))
+    x, t, text = torch.randn(2, 4, 8, 8), torch.full((2,), 500.0), torch.randn(2, 12, 24)
+    ours, theirs = (s.modules["denoiser"](x, t, text=text).output for s in (adapted, base))
+    torch.testing.assert_close(ours, theirs)  # adapters begin as nothing
+    learning = [key for key, p in adapted.modules["denoiser"].named_parameters() if p.requires_grad]
+    assert learning
+    assert all("lora_" in key for key in learning)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 2**32))
+def test_antithetic_times_lie_one_in_each_part(num_rows, seed):
+    uniform = torch.rand(num_rows, generator=torch.Generator().manual_seed(seed))
+    times = MaskTimes().at(uniform, torch.arange(num_rows), num_rows)
+    parts = ((times - 1e-3) / (1 - 1e-3) * num_rows + 1e-4).long().clamp(max=num_rows - 1)
+    assert torch.equal(parts.sort().values, torch.arange(num_rows))
+    assert (times >= 1e-3).all()
+
+
+def test_ranks_agree_on_the_parts():
+    whole = MaskTimes().draw(8, Rng(3).at(5).local)
+    halves = [MaskTimes().draw(4, Rng(3, rank, 2).at(5).local) for rank in range(2)]
+    torch.testing.assert_close(torch.stack(halves, 1).flatten(), whole)
+
+
+def test_what_follows_the_first_end_token_is_padding():
+    ids = torch.tensor([[5, 1, 1, 7], [5, 6, 7, 8], [1, 1, 1, 1]])
+    assert after_end(ids, 1).int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]]
+
+
+def test_a_mask_outside_the_vocabulary_is_refused(recipe):
+    with pytest.raises(RecipeError, match=r"text.mask_id 99 must be below"):
+        recipe("text.mask_id=99")
+    with pytest.raises(RecipeError, match="are both 0"):
+        recipe(ONLY_TEXT, ONLY_IMAGE)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def _run(steps: Steps, answer: torch.Tensor) -> tuple[list[Query], torch.Tensor]:
+    queries = [next(steps)]
+    while True:
+        try:
+            queries.append(steps.send(answer))
+        except StopIteration as end:
+            return queries, end.value
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=10),
+    st.integers(1, 12),
+    st.sampled_from(["cached", "plain"]),
+    st.integers(0, 2**32),
+)
+def test_fixed_tokens_stay_and_every_mask_goes(fixed, num_steps, method, seed):
+    generator = torch.Generator().manual_seed(seed)
+    is_fixed = torch.tensor(fixed)
+    ids = torch.randint(0, 6, is_fixed.shape, generator=generator)
+    logits = torch.randn(len(fixed), 7, generator=generator)
+    steps = unmask(
+        ids,
+        is_fixed,
+        mask_id=6,
+        num_steps=num_steps,
+        race=lambda masked: torch.rand(int(masked.sum()), 7, generator=generator),
+        method=method,
+    )
+    queries, found = _run(steps, logits)
+    seen = None
+    assert torch.equal(found[is_fixed], ids[is_fixed])
+    assert (found != 6).all()
+    assert len(queries) == num_steps + 1 if method == "plain" else len(queries) <= num_steps + 1
+    for query in queries:  # a token stays what it was found to be
+        known = query.x != 6
+        assert torch.equal(query.x[known], found[known])
+        assert seen is None or (known | ~seen).all()
+        seen = known
+
+
+@pytest.fixture
+def bundle(recipe, tmp_path):
+    save_random_bundle(tmp_path / "bundle", recipe(), seed=2)
+    return tmp_path / "bundle"
+
+
+def _picture(seed: int = 0, size: tuple[int, int] = (40, 36)) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(draw_pictures(1, 48, seed=seed)[0]).resize(size).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_bundle_carries_its_encoders_and_answers_every_task(bundle, encoders):
+    recipe = load_bundle(bundle).recipe
+    assert recipe.text_encoder.path == str(bundle / "text_encoder")
+    assert recipe.autoencoder.path == str(bundle / "autoencoder")
+    generator = Generator(bundle)
+    pictures = generator.generate(
+        [
+            {"prompt": "a red cat", "seed": 1},
+            {"prompt": "a dog", "seed": 1, "width": 48, "height": 24, "num_steps": 2},
+            {"prompt": "a dog", "guidance_scale": 1, "sigmas": [1.0, 0.5], "mu": 0.5},
+        ],
+        task="text_to_image",
+    )
+    assert [np.asarray(picture).shape for picture in pictures] == [
+        (32, 32, 3), (24, 48, 3), (32, 32, 3),
+    ]  # fmt: skip
+    texts = generator.generate(
+        [{"image": _picture(), "seed": 3}, {"image": _picture(), "num_tokens": 5, "num_steps": 2}],
+        task="image_to_text",
+    )
+    answers = generator.generate(
+        [{"image": _picture(seed), "question": "what is red", "seed": seed} for seed in range(3)],
+        task="visual_question_answering",
+    )
+    assert all(isinstance(text, str) for text in texts + answers)
+
+
+def test_a_text_is_its_seeds_whatever_it_is_sampled_beside(bundle):
+    generator = Generator(bundle)
+    requests = [{"image": _picture(seed), "seed": seed} for seed in range(3)]
+    together = generator.generate(requests, task="image_to_text")
+    alone = [generator.generate([each], task="image_to_text")[0] for each in requests]
+    assert together == alone
+    again = generator.generate([{**requests[0], "seed": 9}], task="image_to_text")
+    assert again != together[:1]
+
+
+def test_a_template_is_filled_in(bundle):
+    text = Generator(bundle).generate(
+        [{"image": _picture(), "template": "a <extra_id_0> cat on <extra_id_0> bus"}],
+        task="image_to_text",
+    )[0]
+    words = text.split()
+    assert words[0] == "a"
+    assert "<extra_id_0>" not in words
+
+
+@pytest.mark.parametrize(
+    ("task", "request_", "message"),
+    [
+        ("text_to_image", {"prompt": "a", "width": 30}, "width must be a multiple of 8"),
+        ("text_to_image", {"prompt": "a", "height": 800}, "up to 192, got 800"),
+        ("image_to_text", {"image": b"no picture"}, "of no known format"),
+        ("visual_question_answering", {"image": _picture()}, "question: Field required"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_explained(bundle, task, request_, message):
+    with pytest.raises(ValueError, match=message):
+        Generator(bundle).generate([request_], task=task)
+
+
+def test_the_published_network_has_its_published_size():
+    with torch.device("meta"):
+        network = DualDiffusion(vocab_size=32_100)
+    assert sum(p.numel() for p in network.parameters()) == 2_102_856_100

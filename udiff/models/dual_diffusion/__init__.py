@@ -1,0 +1,1 @@
+"""Dual Diffusion: one transformer for flow matching of images and masked diffusion of text."""
