@@ -26,7 +26,7 @@ from PIL import Image
 from benchmarks.machine import record, spread
 from jobs.fashion_mnist import write_fashion_mnist
 from jobs.prepare import prepare_latents, prepare_pictures
-from pipelines.latents import LatentsSettings
+from pipelines.latents_settings import LatentsSettings
 from pipelines.pictures import PicturesSettings
 from tests.made import save_autoencoder
 from udiff.bundle import load_autoencoder

@@ -25,7 +25,7 @@ from jobs.prepare import prepare_latents, prepare_pictures
 from jobs.report import write_report
 from jobs.sample import label_names, sample_grid
 from jobs.train import TrainingError, train_recipe
-from pipelines.latents import LatentsSettings
+from pipelines.latents_settings import LatentsSettings
 from pipelines.pictures import PicturesSettings
 from pipelines.schedule import FailedUnitsError, PrepareReport
 from udiff.bundle import load_bundle

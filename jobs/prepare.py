@@ -12,15 +12,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jobs.cluster import connect
 from jobs.console import make_parser, run_job
 from pipelines.dedup import DedupSettings, make_deduped, plan_dedup
-from pipelines.latents import LatentsSettings, make_latents, plan_latents
+from pipelines.latents import make_latents, plan_latents
+from pipelines.latents_settings import FeatureSettings, LatentsSettings, TextSettings
 from pipelines.pictures import PicturesSettings, make_pictures, plan_pictures
 from pipelines.schedule import FailedUnitsError, PrepareReport
+from pipelines.source import Kind
 from pipelines.stages.filter import Filters, ScoreSettings
+from udiff.data.packing import PACKED_DTYPES
 from udiff.settings import Settings
 
 
@@ -52,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     def job() -> None:
         kind = options.pop("kind")
         if kind == "latents":
-            _print(prepare_latents(LatentsSettings(**options)))
+            _print(prepare_latents(_latents_settings(options)))
         elif kind == "dedup":
             _print(prepare_dedup(DedupSettings(**options)))
         else:
@@ -81,7 +84,9 @@ def _command(kinds: Any, name: str, about: str) -> argparse.ArgumentParser:
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add = _adder(parser, PicturesSettings)
-    add("input", "folder or bucket URI of the shards (*.tar with *_stats.json)")
+    add("input", "shards (*.tar with *_stats.json), a JSON list, parquet files, or a folder")
+    add("source", "what --input is; None looks what is there", choices=get_args(Kind))
+    add("pictures", "folder that the paths in a JSON list are relative to, if not its own")
     add("output", "folder or bucket URI of the cache")
     add("size", "side of the square in pixels", type=int)
     add("fit", "crop scales and cuts, pad puts black around", choices=["crop", "pad"])
@@ -143,9 +148,24 @@ def _add_latents(parser: argparse.ArgumentParser) -> None:
     add = _adder(parser, LatentsSettings)
     add("input", "folder or bucket URI of a pictures cache")
     add("output", "folder or bucket URI of the cache")
-    add("autoencoder", "hub id, diffusers folder, or bundle")
-    add("batch-size", "pictures per network call", type=int)
-    add("precision", "of the network", choices=["fp32", "bf16"])
+    add("autoencoder", "hub id, diffusers folder, or bundle; None for no latents")
+    add("latent", "means and log variances, or one draw of each", choices=["moments", "sample"])
+    add("seed", "of the draws", type=int)
+    add("dtype", "element type of the latents", choices=PACKED_DTYPES)
+    add("flip", "encode mirrored pictures, too", action="store_true")
+    for option, about, settings in (
+        ("text", "encode texts; may be given again", TextSettings),
+        ("feature", "encode pictures with a vision encoder; may be given again", FeatureSettings),
+    ):
+        parser.add_argument(
+            f"--{option}",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE,...",
+            help=f"{about}; keys: {', '.join(settings.model_fields)}",
+        )
+    add("batch-size", "pictures or texts per network call", type=int)
+    add("precision", "of the networks that look at pictures", choices=["fp32", "bf16"])
     add("row-group-size", "rows of a parquet row group", type=int)
     add("threads", "CPU threads of a worker", type=int)
     add("gpus", "GPUs of a worker; 0 encodes on the CPU", type=float)
@@ -166,6 +186,23 @@ def _adder(parser: argparse.ArgumentParser, settings: type[Settings]) -> Any:
             parser.add_argument(f"--{option}", default=field.default, help=about, **how)
 
     return add
+
+
+def _latents_settings(options: dict[str, Any]) -> LatentsSettings:
+    texts, features = (options.pop(name) for name in ("text", "feature"))
+    return LatentsSettings(
+        **options,
+        texts=[_keys_and_values(text) for text in texts],
+        features=[_keys_and_values(feature) for feature in features],
+    )
+
+
+def _keys_and_values(text: str) -> Any:
+    """Read `key=value,key=value`."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise ValueError(f"{text!r} must be KEY=VALUE,KEY=VALUE; {wrong[0]!r} has no value")
+    return {key: value for key, _, value in pairs}
 
 
 def _class_names(path: str | None) -> tuple[str, ...]:

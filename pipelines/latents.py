@@ -1,16 +1,18 @@
-"""Chain: a cache of pictures -> a cache of latents.
+"""Chain: a cache of pictures -> a cache of latents, encoded texts and features.
 
-read -> encode -> write, all in the actor that has the unit; a unit is one file of the pictures.
+read -> encode -> write, all in the actor that has the unit; a unit is one file of the pictures. All
+columns of the pictures are carried along but the picture itself.
 """
 
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, JsonValue, PositiveInt
 
+from pipelines.latents_settings import LatentsSettings
 from pipelines.rows import Row
 from pipelines.schedule import PrepareReport, Workers, run_units
 from pipelines.shards import Unit
@@ -18,74 +20,44 @@ from pipelines.stages.write import WriteUnit
 from udiff.data.manifest import (
     MANIFEST,
     PLAN,
+    Identity,
     Manifest,
     Plan,
     UnitEntry,
+    identity_difference,
     read_manifest,
     start_plan,
 )
-from udiff.data.schema import latents_schema
 from udiff.data.storage import Folder, open_folder
-from udiff.settings import Settings
 
 if TYPE_CHECKING:
-    from pipelines.stages.encode_image import EncodeImage
-
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-
-
-class LatentsSettings(Settings):
-    """What a latents cache is made from, and how."""
-
-    input: str
-    """Folder or bucket URI of the pictures cache."""
-    output: str
-    autoencoder: str
-    """Hub id, a diffusers folder, or a bundle of an autoencoder family."""
-    keep_image: bool = False
-    """Carry the pictures along, for teachers that look at them in training."""
-    batch_size: PositiveInt = 32
-    """Pictures per network call; changes the last bits of the latents."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    row_group_size: PositiveInt = 256
-    threads: PositiveInt = 1
-    """CPU threads of a worker; changes the last bits of the latents."""
-    gpus: float = Field(default=0, ge=0)
-    """GPUs of a worker, 0 for the CPU; changes the last bits of the latents."""
-    workers: PositiveInt | None = None
-    """Processes; as many as the cluster has room for where it is left open."""
-
-    @property
-    def device(self) -> str:
-        """Where the network runs."""
-        return "cuda" if self.gpus else "cpu"
+    from pipelines.encoders import Encoders
 
 
 class LatentsChain:
     """All stages from a file of pictures to its committed unit."""
 
-    def __init__(
-        self,
-        settings: LatentsSettings,
-        pictures: Folder,
-        write: WriteUnit,
-        *,
-        size: int,
-        made_by: JsonValue,
-    ) -> None:
+    def __init__(self, settings: LatentsSettings, plan: Plan) -> None:
         import torch
 
         torch.set_num_threads(settings.threads)
         torch.backends.cudnn.deterministic = True
-        self._pictures = pictures
-        self._encode, found = load_encoder(settings, size=size, device=settings.device)
-        if found != made_by:
-            raise ValueError(f"autoencoder {settings.autoencoder} is another one on this machine")
-        self._write = write
+        self._pictures = open_folder(settings.input)
+        manifest = read_manifest(self._pictures)
+        self._size = _size(manifest)
+        self._encode = _load_encoders(settings, settings.device)
+        _check_identity(self._encode, plan)
+        self._write = WriteUnit(
+            open_folder(settings.output),
+            schema=pa.schema([*_carried(settings, manifest), *self._encode.fields(plan.shapes)]),
+            texts=self._encode.text_columns(plan.shapes),
+            plan=plan.fingerprint,
+            row_group_size=settings.row_group_size,
+        )
 
     def __call__(self, unit: Unit) -> UnitEntry:
         """Carry a unit from its file to its commit."""
-        return self._write(unit, self._encode(read_pictures(self._pictures, unit)))
+        return self._write(unit, self._encode(read_pictures(self._pictures, unit), self._size))
 
 
 def read_pictures(pictures: Folder, unit: Unit) -> list[Row]:
@@ -103,36 +75,20 @@ def read_pictures(pictures: Folder, unit: Unit) -> list[Row]:
     return rows
 
 
-def load_encoder(settings: LatentsSettings, *, size: int, device: str) -> "tuple[EncodeImage, str]":
-    """Load the autoencoder of a chain, and its fingerprint."""
-    from pipelines.stages.encode_image import EncodeImage
-    from udiff.bundle import load_autoencoder
-
-    autoencoder = load_autoencoder(settings.autoencoder)
-    encode = EncodeImage(
-        autoencoder,
-        device=device,
-        size=size,
-        batch_size=settings.batch_size,
-        precision=settings.precision,
-    )
-    return encode, autoencoder.fingerprint()
-
-
 def plan_latents(settings: LatentsSettings) -> Plan:
-    """Check input and autoencoder, and begin a cache or go on with the one begun; needs no Ray.
+    """Check input and encoders, and begin a cache or go on with the one begun; needs no Ray.
 
     Raises:
-        FileNotFoundError: there is no finished pictures cache at `input`, or no autoencoder.
+        FileNotFoundError: there is no finished pictures cache at `input`, or no such encoder.
         ValueError: `input` holds no pictures, or there is another cache at `output`.
     """
     pictures = open_folder(settings.input)
     manifest = read_manifest(pictures)
     if manifest.kind != "pictures":
         raise ValueError(f"{pictures} is a cache of {manifest.kind}: latents come from pictures")
-    size = manifest.shapes["image"][0]
-    encode, made_by = load_encoder(settings, size=size, device="cpu")
-    plan = _plan(settings, pictures, manifest, made_by, encode.latent_shape())
+    _check_sources(settings, manifest)
+    encoders = _load_encoders(settings, "cpu")
+    plan = _plan(settings, manifest, encoders)
     start_plan(open_folder(settings.output), plan)
     return plan
 
@@ -144,45 +100,61 @@ def make_latents(settings: LatentsSettings, plan: Plan) -> PrepareReport:
         ValueError: too many workers, or nothing that could be cached.
         FailedUnitsError: some units could not be made.
     """
-    pictures, output = open_folder(settings.input), open_folder(settings.output)
-    manifest = read_manifest(pictures)
-    if Path(settings.autoencoder).exists():  # actors have another working directory
-        path = str(Path(settings.autoencoder).absolute())
-        settings = settings.model_copy(update={"autoencoder": path})
-    chain = partial(
-        LatentsChain,
-        size=manifest.shapes["image"][0],
-        made_by=plan.identity["latent"]["autoencoder"],
-    )
-    write = WriteUnit(
-        output,
-        schema=latents_schema(plan.shapes["latent_mean"], image_shape=plan.shapes.get("image")),
-        plan=plan.fingerprint,
-        row_group_size=settings.row_group_size,
-    )
+    manifest = read_manifest(settings.input)
     units = [Unit(Path(file.path).stem, file.path, file.rows) for file in manifest.files]
     return run_units(
-        partial(chain, settings, pictures, write),
+        partial(LatentsChain, settings.absolute(), plan),
         units,
-        folder=output,
+        folder=open_folder(settings.output),
         plan=plan,
         workers=Workers(settings.workers, cpus=settings.threads, gpus=settings.gpus),
     )
 
 
-def _plan(
-    settings: LatentsSettings,
-    pictures: Folder,
-    manifest: Manifest,
-    made_by: str,
-    latent_shape: tuple[int, ...],
-) -> Plan:
+def _load_encoders(settings: LatentsSettings, device: str) -> "Encoders":
+    from pipelines.encoders import load_encoders  # loads torch
+
+    return load_encoders(settings, device=device)
+
+
+def _check_identity(encoders: "Encoders", plan: Plan) -> None:
+    wanted: Identity = {name: plan.identity[name] for name in encoders.identity}
+    if differences := identity_difference(wanted, encoders.identity):
+        raise ValueError(f"the encoders are others on this machine: {'; '.join(differences)}")
+
+
+def _check_sources(settings: LatentsSettings, manifest: Manifest) -> None:
+    names = _read_schema(open_folder(settings.input), manifest).names
+    for text in settings.texts:
+        if text.source not in names:
+            raise ValueError(
+                f"texts.{text.name}.source {text.source!r} is no column of {settings.input}, "
+                f"which has {', '.join(names)}"
+            )
+
+
+def _size(manifest: Manifest) -> tuple[int, int]:
+    height, width, _ = manifest.shapes["image"]
+    return height, width
+
+
+def _carried(settings: LatentsSettings, manifest: Manifest) -> list[pa.Field]:
+    schema = _read_schema(open_folder(settings.input), manifest)
+    return [field for field in schema if settings.keep_image or field.name != "image"]
+
+
+def _read_schema(pictures: Folder, manifest: Manifest) -> pa.Schema:
+    with pictures.open(manifest.files[0].path) as file:
+        return pq.read_schema(file)
+
+
+def _plan(settings: LatentsSettings, manifest: Manifest, encoders: "Encoders") -> Plan:
+    pictures = open_folder(settings.input)
     content = hashlib.sha256(pictures.read(MANIFEST) + pictures.read(PLAN)).hexdigest()
-    latent = {"autoencoder": made_by, "dtype": _DTYPES[settings.precision]}
     image = {"image": manifest.shapes["image"]} if settings.keep_image else {}
     return Plan(
         kind="latents",
-        identity={**manifest.identity, "latent": latent},
+        identity={**manifest.identity, **encoders.identity},
         options={
             "batch_size": settings.batch_size,
             "row_group_size": settings.row_group_size,
@@ -190,6 +162,6 @@ def _plan(
             "device": settings.device,
         },
         inputs={"pictures": content},
-        shapes={"latent_mean": latent_shape, "latent_logvar": latent_shape} | image,
+        shapes=encoders.shapes(*_size(manifest)) | image,
         class_names=manifest.class_names,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipelines.rows import Row, carry
 from pipelines.shards import Unit
 from pipelines.source import Source, open_source
-from pipelines.stages.decode import decode
+from pipelines.stages.decode import decode, identify
 from udiff.autoencoders.pixels import to_pixels
 from udiff.data.manifest import MANIFEST, read_manifest
 from udiff.data.schema import decode_png
@@ -81,7 +81,8 @@ class SourcePictures:
 
     def read(self, unit: Unit, rows: range) -> Iterator[tuple[int, Tensor]]:
         """Decode and crop rows of a unit."""
-        stages = (self.source.take, partial(decode, max_pixels=_MAX_PIXELS), self._crop)
+        header = partial(identify, max_pixels=_MAX_PIXELS)
+        stages = (self.source.take, header, decode, self._crop)
         for number, row in enumerate(islice(self.source.read(unit), rows.stop)):
             if number in rows:
                 for kept in carry([row], *stages).kept:

@@ -14,7 +14,7 @@ from pydantic import Field, JsonValue, PositiveInt, field_validator
 from pipelines.rows import Rows, carry
 from pipelines.schedule import PrepareReport, Workers, run_tasks, run_units
 from pipelines.shards import Unit
-from pipelines.source import Source, open_source
+from pipelines.source import Kind, Source, open_source
 from pipelines.stages.crop import Fit, crop
 from pipelines.stages.decode import decode, identify
 from pipelines.stages.filter import (
@@ -40,7 +40,11 @@ class PicturesSettings(Settings):
     """What a pictures cache is made from, and how."""
 
     input: str
-    """Folder or bucket URI of the shards."""
+    """Path or bucket URI of shards, of a list or table, or of a folder of pictures."""
+    source: Kind | None = None
+    """What `input` is; found by what is there where it is left open."""
+    pictures: str = ""
+    """Folder that the paths in a list are relative to, if not the list's own."""
     output: str
     size: PositiveInt
     """Side of the square in pixels."""
@@ -129,7 +133,7 @@ def plan_pictures(settings: PicturesSettings) -> Plan:
         FileNotFoundError: no input, or an incomplete one.
         ValueError: there is another cache at `output`.
     """
-    plan = _plan(settings, open_source(settings.input))
+    plan = _plan(settings, _open(settings))
     start_plan(open_folder(settings.output), plan)
     return plan
 
@@ -141,7 +145,7 @@ def make_pictures(settings: PicturesSettings, plan: Plan) -> PrepareReport:
         ValueError: a damaged shard, too many workers, or nothing that could be cached.
         FailedUnitsError: some units could not be made.
     """
-    source, output = open_source(settings.input), open_folder(settings.output)
+    source, output = _open(settings), open_folder(settings.output)
     arguments = [(source, output, *file, settings.unit_rows) for file in plan.inputs.items()]
     cuts = run_tasks(_cut, arguments)
     write = WriteUnit(
@@ -159,6 +163,10 @@ def make_pictures(settings: PicturesSettings, plan: Plan) -> PrepareReport:
         plan=plan,
         workers=Workers(settings.workers, gpus=settings.gpus),
     )
+
+
+def _open(settings: PicturesSettings) -> Source:
+    return open_source(settings.input, settings.source, pictures=settings.pictures)
 
 
 def _cut(source: Source, *arguments: Any) -> list[Unit]:

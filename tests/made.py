@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -20,7 +21,7 @@ from pipelines.shards import Unit
 from pipelines.stages.write import WriteUnit
 from udiff.bundle import load_autoencoder, save_bundle
 from udiff.data.manifest import Manifest, Plan, finish, start_plan
-from udiff.data.schema import latents_schema, pictures_schema
+from udiff.data.schema import SAMPLE, pictures_schema, tensor_field
 from udiff.data.storage import open_folder
 from udiff.recipe import load_recipe
 from udiff.system import FamilyRecipe
@@ -69,7 +70,10 @@ def write_latents(
     )
     start_plan(folder, plan)
     write = WriteUnit(
-        folder, schema=latents_schema(LATENT), plan=plan.fingerprint, row_group_size=row_group_size
+        folder,
+        schema=pa.schema([*SAMPLE, *(tensor_field(name, LATENT) for name in plan.shapes)]),
+        plan=plan.fingerprint,
+        row_group_size=row_group_size,
     )
     names = []
     for start in range(0, rows, rows_per_file):
@@ -80,8 +84,14 @@ def write_latents(
     return finish(folder, plan, names)
 
 
-def write_pictures(path: Path, pictures: np.ndarray, *, rows_per_file: int = 150) -> Manifest:
-    """Write a cache of pictures, uint8 (rows, size, size, 3)."""
+def write_pictures(
+    path: Path,
+    pictures: np.ndarray,
+    *,
+    rows_per_file: int = 150,
+    captions: Sequence[str] = ("a picture that was made",),
+) -> Manifest:
+    """Write a cache of pictures, uint8 (rows, size, size, 3); captions come again and again."""
     folder, size = open_folder(path), pictures.shape[1]
     plan = Plan(
         kind="pictures",
@@ -98,7 +108,10 @@ def write_pictures(path: Path, pictures: np.ndarray, *, rows_per_file: int = 150
     for start in range(0, len(pictures), rows_per_file):
         part = pictures[start : start + rows_per_file]
         unit = Unit(f"{start:05d}", "made", num_samples=len(part))
-        rows = [_picture_row(start + k, picture) for k, picture in enumerate(part)]
+        rows = [
+            _picture_row(start + k, picture, captions[(start + k) % len(captions)])
+            for k, picture in enumerate(part)
+        ]
         write(unit, Rows(kept=rows))
         names.append(unit.name)
     return finish(folder, plan, names)
@@ -113,14 +126,14 @@ def draw_pictures(num_pictures: int, size: int, *, seed: int = 0) -> np.ndarray:
     return ((waves + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def _picture_row(key: int, picture: np.ndarray) -> dict:
+def _picture_row(key: int, picture: np.ndarray, caption: str) -> dict:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
     height, width = picture.shape[:2]
     return {
         "key": f"{key:09d}",
         "label": 0,
-        "caption": "a picture that was made",
+        "caption": caption,
         "width": width,
         "height": height,
         "source": "made",

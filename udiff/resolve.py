@@ -6,7 +6,7 @@ from typing import Any
 
 from udiff.autoencoders.kl import KLAutoencoder
 from udiff.bundle import load_autoencoder
-from udiff.data.manifest import Manifest, identity_difference, read_manifest
+from udiff.data.manifest import Manifest, check_identity, identity_difference, read_manifest
 from udiff.data.storage import Folder, open_folder
 from udiff.recipe import update_recipe
 from udiff.settings import AutoencoderSettings, DataSettings
@@ -38,7 +38,8 @@ def resolve(recipe: FamilyRecipe) -> Resolved:
 
     Raises:
         FileNotFoundError: there is no cache, or no autoencoder.
-        ValueError: no cache is named; it was made by another autoencoder, or has other shapes.
+        ValueError: no cache is named; it was made by another autoencoder or another encoder than
+            the recipe's, or has other shapes.
     """
     cache, manifest = _open(recipe.data, "data")
     sources = {
@@ -54,6 +55,10 @@ def resolve(recipe: FamilyRecipe) -> Resolved:
             _check_autoencoder(autoencoder, recipe.autoencoder, source.manifest, source.cache)
             _check_latent_shape(recipe, source.manifest, source.cache)
         changes["autoencoder"] = _statistics(autoencoder, recipe.autoencoder, manifest)
+    try:
+        check_identity(manifest, recipe.cache_identity())
+    except ValueError as error:
+        raise ValueError(f"data.cache {cache} does not fit the recipe: {error}") from None
     return Resolved(update_recipe(recipe, changes), cache, manifest, sources)
 
 
@@ -73,7 +78,7 @@ def _check_autoencoder(
             "with `python -m jobs.prepare latents`"
         )
     wanted = {"autoencoder": autoencoder.fingerprint()}
-    made_by = {"autoencoder": manifest.identity["latent"].get("autoencoder")}
+    made_by = {"autoencoder": manifest.identity.get("latent", {}).get("autoencoder")}
     if differences := identity_difference(wanted, made_by):
         raise ValueError(
             f"data.cache {cache} was made by another autoencoder than autoencoder.path "

@@ -248,6 +248,14 @@ class FamilyRecipe(Settings):
     initialize_from: str | None = None
     """Bundle of an earlier run; parameters that both have begin as they are there."""
 
+    def cache_identity(self) -> Mapping[str, Mapping[str, Any]]:
+        """Say what must have made columns of the cache: per column, keys of the cache's identity.
+
+        A family whose cache holds encoded texts names their `encoder` (its fingerprint) here;
+        `autoencoder` needs no mention. Loads the encoders: asked once, before training.
+        """
+        return {}
+
     @property
     def sources(self) -> dict[str, DataSettings]:
         """Where parts of the batch come from that are read from a cache of their own.

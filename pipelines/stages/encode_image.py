@@ -1,103 +1,155 @@
-"""Stage: pictures -> latents. One autoencoder per actor."""
+"""Stage: pictures -> latents and features. One of each encoder per actor."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
 from pipelines.rows import Reason, Refusal, Row, Rows
 from udiff.autoencoders.kl import KLAutoencoder
 from udiff.autoencoders.pixels import to_pixels
-from udiff.data.schema import decode_png
+from udiff.data.packing import PackedDtype
+from udiff.data.schema import FLIPPED, decode_png
 
 Precision = Literal["fp32", "bf16"]
+Images = UInt8[Tensor, "batch height width 3"]
+Encode = Callable[[Images, Sequence[Row]], dict[str, Tensor]]
+"""Makes columns, float (batch, ...), of pictures and the rows that they belong to."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class PictureColumns:
+    """Columns that come from one encoder."""
+
+    names: tuple[str, ...]
+    encode: Encode
+    dtype: PackedDtype
+    """Element type that is stored."""
+
+
 class EncodeImage:
-    """Encode the pictures of a unit, decoding the next batch while the network has this one.
+    """Encode the pictures of a unit, decoding the next batch while the networks have this one.
 
     Batches are cut inside the unit in row order, so that its bytes do not depend on its neighbors.
 
-    Reads: image (PNG bytes, size x size, RGB).
-    Writes: latent_mean, latent_logvar, float16 (channels, height / f, width / f).
-    Refuses: pictures that cannot be decoded, and latents that float16 cannot hold.
+    Reads: image (PNG bytes, RGB, all of one size).
+    Writes: the columns of its encoders, float (...) each.
+    Refuses: pictures that cannot be decoded, and values that the stored type cannot hold.
     """
 
     def __init__(
         self,
-        autoencoder: KLAutoencoder,
+        columns: Sequence[PictureColumns],
         *,
         device: str,
-        size: int,
         batch_size: int,
         precision: Precision,
     ) -> None:
+        self._columns = columns
         self._device = torch.device(device)
-        self._autoencoder = autoencoder.to(self._device)
-        self._size = size
         self._batch_size = batch_size
         self._precision = precision
 
-    def latent_shape(self) -> tuple[int, ...]:
-        """Find the shape of one latent by encoding a black picture."""
-        black = np.zeros((1, self._size, self._size, 3), np.uint8)
-        return self._encode(black)[0].shape[1:]
+    def shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Find the shape of each column by encoding a black picture."""
+        black = np.zeros((1, height, width, 3), np.uint8)
+        encoded = self._encode(black, [{"key": "", "source": ""}])
+        return {name: values.shape[1:] for name, values in encoded.items()}
 
-    def __call__(self, rows: Sequence[Row]) -> Rows:
-        """Encode all rows of a unit, in order."""
+    def __call__(self, rows: Sequence[Row], size: tuple[int, int]) -> Rows:
+        """Encode all rows of a unit, in order; their pictures have this height and width."""
         encoded = Rows()
         batches = [
             rows[start : start + self._batch_size]
             for start in range(0, len(rows), self._batch_size)
         ]
         with ThreadPoolExecutor(1) as pool:
-            for batch in ahead(pool, self._decode, batches):
+            for batch in ahead(pool, partial(_decode, size=size), batches):
                 encoded.rejected += batch.rejected
                 self._add(encoded, batch.kept)
         return encoded
 
-    def _decode(self, rows: Sequence[Row]) -> Rows:
-        decoded = Rows()
-        for row in rows:
-            decoded.add(row, self._pixels)
-        return decoded
-
-    def _pixels(self, row: Row) -> Row:
-        try:
-            image = decode_png(row["image"])
-        except Exception as error:
-            raise Refusal(Reason.CORRUPT, error) from error
-        if image.shape != (self._size, self._size, 3):
-            raise Refusal(Reason.UNSUPPORTED, f"picture of shape {image.shape}")
-        return {**row, "decoded": image}
-
     def _add(self, encoded: Rows, rows: Sequence[Row]) -> None:
         if not rows:
             return
-        means, logvars = self._encode(np.stack([row["decoded"] for row in rows]))
-        for row, mean, logvar in zip(rows, means, logvars, strict=True):
+        columns = self._encode(np.stack([row["decoded"] for row in rows]), rows)
+        for number, row in enumerate(rows):
             rest = {name: value for name, value in row.items() if name != "decoded"}
-            encoded.add({**rest, "latent_mean": mean, "latent_logvar": logvar}, check_finite)
+            values = {name: column[number] for name, column in columns.items()}
+            encoded.add({**rest, **values}, partial(check_finite, names=tuple(values)))
 
     @torch.inference_mode()
-    def _encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pixels = to_pixels(torch.from_numpy(images).to(self._device))
-        half = self._precision == "bf16"
+    def _encode(self, images: np.ndarray, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        pictures, half = torch.from_numpy(images).to(self._device), self._precision == "bf16"
+        found: dict[str, np.ndarray] = {}
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
-            moments = self._autoencoder.encode_moments(pixels)
-        return _float16(moments.mean), _float16(moments.logvar)
+            for columns in self._columns:
+                encoded = columns.encode(pictures, rows)
+                found |= {name: to_stored(encoded[name], columns.dtype) for name in columns.names}
+        return found
 
 
-def check_finite(row: Row) -> Row:
-    """Refuse latents that overflowed, in the network or in float16.
+def encode_moments(
+    autoencoder: KLAutoencoder, images: Images, _: Sequence[Row]
+) -> dict[str, Tensor]:
+    """Encode to the distribution of raw latents: latent_mean, latent_logvar."""
+    moments = autoencoder.encode_moments(to_pixels(images))
+    return {"latent_mean": moments.mean, "latent_logvar": moments.logvar}
 
-    Reads: latent_mean, latent_logvar.
+
+def encode_sample(
+    autoencoder: KLAutoencoder, seed: int, images: Images, rows: Sequence[Row]
+) -> dict[str, Tensor]:
+    """Draw one raw latent for each picture, a function of seed and row: latent."""
+    moments = autoencoder.encode_moments(to_pixels(images))
+    noise = torch.stack([_normal(seed, row, moments.mean.shape[1:]) for row in rows])
+    return {"latent": moments.sample(noise.to(moments.mean))}
+
+
+def encode_mirrored(encode: Encode, images: Images, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Encode pictures with left and right exchanged: `<name>_flipped` for each name."""
+    encoded = encode(images.flip(2), rows)
+    return {f"{name}{FLIPPED}": values for name, values in encoded.items()}
+
+
+def _normal(seed: int, row: Row, shape: Sequence[int]) -> Tensor:
+    digest = hashlib.sha256(f"{seed} {row['source']} {row['key']}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randn(*shape, generator=generator)
+
+
+def _decode(rows: Sequence[Row], size: tuple[int, int]) -> Rows:
+    decoded = Rows()
+    for row in rows:
+        decoded.add(row, partial(_pixels, size=size))
+    return decoded
+
+
+def _pixels(row: Row, size: tuple[int, int]) -> Row:
+    try:
+        image = decode_png(row["image"])
+    except Exception as error:
+        raise Refusal(Reason.CORRUPT, error) from error
+    if image.shape != (*size, 3):
+        raise Refusal(Reason.UNSUPPORTED, f"picture of shape {image.shape}")
+    return {**row, "decoded": image}
+
+
+def check_finite(row: Row, names: Sequence[str]) -> Row:
+    """Refuse values that overflowed, in the network or in the stored type.
+
+    Reads: `names`.
     """
-    for name in ("latent_mean", "latent_logvar"):
+    for name in names:
         if not np.isfinite(row[name]).all():
             raise Refusal(Reason.NOT_FINITE, name)
     return row
@@ -117,5 +169,7 @@ def ahead(
         yield pending.result()
 
 
-def _float16(values: torch.Tensor) -> np.ndarray:
-    return values.half().cpu().numpy()
+def to_stored(values: Tensor, dtype: PackedDtype) -> np.ndarray:
+    """Bring values to the CPU: float16 as such, what is packed later as float32."""
+    kept = values.half() if dtype == "float16" else values.float()
+    return kept.cpu().numpy()

@@ -10,7 +10,7 @@ from pipelines.shards import Unit
 from pipelines.tar import Sample, samples, walk
 from udiff.data.storage import Folder
 
-_PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 
 
 def read_slice(folder: Folder, unit: Unit) -> Iterator[Row]:
@@ -74,7 +74,7 @@ def take_fields(row: Row) -> Row:
 
 
 def _picture_extension(members: dict[str, Any]) -> str | None:
-    return next((extension for extension in _PICTURES if extension in members), None)
+    return next((extension for extension in PICTURES if extension in members), None)
 
 
 def _text(content: bytes) -> str:

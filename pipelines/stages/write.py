@@ -170,7 +170,10 @@ def _tensor_shape(field: pa.Field) -> tuple[int, ...]:
 
 
 def _sums(rows: Sequence[Row]) -> LatentSums | None:
-    if not rows or "latent_mean" not in rows[0]:
+    if not rows or not {"latent_mean", "latent"} & rows[0].keys():
         return None
+    if "latent" in rows[0]:
+        samples = np.stack([row["latent"] for row in rows])
+        return latent_sums(samples, np.full_like(samples, -np.inf))  # samples have no variance
     means = np.stack([row["latent_mean"] for row in rows])
     return latent_sums(means, np.stack([row["latent_logvar"] for row in rows]))

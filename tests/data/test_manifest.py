@@ -113,6 +113,7 @@ def test_identity_names_each_difference_with_both_values(tmp_path):
     write_entry(folder, _entry(plan, "a"))
     made = finish(folder, plan, ["a"])
     check_identity(made, {"image": {"size": 32, "fit": "pad"}})
+    check_identity(made, {"image": {"size": 32}})
     with pytest.raises(ValueError, match=r"image\.fit is \"pad\", wanted \"crop\""):
         check_identity(made, {"image": {"size": 32, "fit": "crop"}})
     with pytest.raises(ValueError, match=r"latent\.autoencoder is missing, wanted \"ab\""):

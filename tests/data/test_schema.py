@@ -13,7 +13,6 @@ from udiff.data.schema import (
     NO_LABEL,
     column_values,
     field_shape,
-    latents_schema,
     padded_texts,
     pictures_schema,
     tensor_column,
@@ -51,15 +50,16 @@ def test_pictures_are_decoded_to_arrays():
 
 
 def test_labels_become_integers_and_captions_a_list():
-    schema = latents_schema((4, 2, 2))
+    schema = pictures_schema(8)
     labels = column_values(pa.array([3, NO_LABEL]), schema.field("label"))
     assert labels.dtype == np.int64
     assert column_values(pa.array(["a", "b"]), schema.field("caption")) == ["a", "b"]
 
 
-@pytest.mark.parametrize("schema", [pictures_schema(8), latents_schema((4, 2, 2))])
-def test_no_column_takes_nulls(schema):
-    assert not any(field.nullable for field in schema)
+def test_no_column_takes_nulls():
+    tensors = [tensor_field("latent_mean", (4, 2, 2)), tensor_field("dino_feature", (9, 2), "int8")]
+    fields = [*pictures_schema(8), *tensors, *text_fields("t5", (5, 8), "float16")]
+    assert not any(field.nullable for field in fields)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int32", "int64", "float32"])
@@ -86,7 +86,7 @@ def test_packed_tensors_survive_parquet_as_nearly_as_their_type_allows(dtype, to
 def test_texts_are_padded_with_zeros_behind_their_last_token(lengths, dtype):
     draw = np.random.default_rng(0)
     texts = [draw.normal(size=(length, 8)).astype(np.float16) for length in lengths]
-    _, field = text_fields("t5", 5, 8, dtype)
+    _, field = text_fields("t5", (5, 8), dtype)
     column = pa.array([b"before", *(pack(text, dtype).tobytes() for text in texts)], field.type)
     padded, found = padded_texts(column.slice(1), field)
     assert found.tolist() == lengths

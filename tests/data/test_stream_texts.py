@@ -42,7 +42,7 @@ def _row(number: int) -> dict:
 def cache(tmp_path_factory):
     folder = open_folder(tmp_path_factory.mktemp("texts"))
     rows, texts = zip(
-        *(text_fields(name, MAX_TOKENS, WIDTH, "float16") for name in ("t5", "t5_recaption")),
+        *(text_fields(name, (MAX_TOKENS, WIDTH), "float16") for name in ("t5", "t5_recaption")),
         strict=True,
     )
     fields = [pa.field(name, pa.string()) for name in ("caption", "recaption")]

@@ -12,14 +12,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from jobs.fashion_mnist import CLASS_NAMES, make_sample, with_broken, write_shards
-from pipelines.latents import LatentsChain, LatentsSettings, plan_latents
+from pipelines.latents import LatentsChain, plan_latents
+from pipelines.latents_settings import LatentsSettings
 from pipelines.pictures import PicturesChain, PicturesSettings, plan_pictures
 from pipelines.shards import Unit
 from pipelines.source import open_source
 from pipelines.stages.write import WriteUnit
 from udiff.bundle import load_autoencoder
 from udiff.data.manifest import finish, read_manifest
-from udiff.data.schema import column_values, latents_schema, pictures_schema
+from udiff.data.schema import column_values, pictures_schema
 from udiff.data.storage import open_folder
 
 NUM_WHOLE = 20
@@ -136,17 +137,9 @@ def _whole():
 
 def _latents_chain(pictures, autoencoder, output, **changes):
     paths = {"input": str(pictures), "output": str(output), "autoencoder": str(autoencoder)}
-    settings = LatentsSettings(**{"batch_size": 4, **paths, **changes})
+    settings = LatentsSettings(**{"batch_size": 4, "row_group_size": 4, **paths, **changes})
     plan = plan_latents(settings)
-    write = WriteUnit(
-        open_folder(output),
-        schema=latents_schema(plan.shapes["latent_mean"], image_shape=plan.shapes.get("image")),
-        plan=plan.fingerprint,
-        row_group_size=4,
-    )
-    made_by = load_autoencoder(str(autoencoder)).fingerprint()
-    chain = LatentsChain(settings, open_folder(pictures), write, size=32, made_by=made_by)
-    return plan, chain
+    return plan, LatentsChain(settings, plan)
 
 
 def _units(pictures):

@@ -179,13 +179,18 @@ def identity_difference(
     return differences
 
 
-def check_identity(manifest: Manifest, wanted: Identity) -> None:
+def check_identity(manifest: Manifest, wanted: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse a cache of which a column in `wanted` was made by something else.
+
+    Only the keys that are wanted of a column are compared.
 
     Raises:
         ValueError: naming each key that differs, with both values.
     """
-    found = {column: manifest.identity.get(column, {}) for column in wanted}
+    found = {}
+    for column, keys in wanted.items():
+        made_by = manifest.identity.get(column, {})
+        found[column] = {key: made_by[key] for key in keys if key in made_by}
     if differences := identity_difference(wanted, found):
         raise ValueError(f"the cache was made by something else: {'; '.join(differences)}")
 

@@ -25,6 +25,9 @@ from udiff.data.packing import PACKED_DTYPES, PackedDtype, pack, slice_bytes, un
 NO_LABEL = -1
 """Label of a row that has none: a plain number, since a column with nulls is no numpy integers."""
 
+FLIPPED = "_flipped"
+"""End of the names of columns that were made of the picture with left and right exchanged."""
+
 Dtype = Literal["bool", "int32", "int64", "float16", "float32", "bfloat16", "int8"]
 """Element type of a stored tensor; bfloat16 and int8 are read as float32."""
 
@@ -36,7 +39,7 @@ _ARROW_TYPES: dict[str, pa.DataType] = {
     "float32": pa.float32(),
 }
 
-_SAMPLE = (
+SAMPLE = (
     pa.field("key", pa.string(), nullable=False),
     pa.field("label", pa.int64(), nullable=False),
     pa.field("caption", pa.string(), nullable=False),
@@ -57,18 +60,7 @@ REJECTED_SCHEMA = pa.schema(
 def pictures_schema(size: int, *, scores: Sequence[str] = ()) -> pa.Schema:
     """Describe a cache of square pictures: `image` holds PNG bytes, uint8 RGB once decoded."""
     scored = [pa.field(name, pa.float32(), nullable=False) for name in scores]
-    return pa.schema([*_SAMPLE, *scored, image_field((size, size, 3))])
-
-
-def latents_schema(shape: Sequence[int], *, image_shape: Sequence[int] | None = None) -> pa.Schema:
-    """Describe a cache of latents (channels, height, width): raw posterior means, log variances.
-
-    With `image_shape` the pictures that they were made from stand beside them.
-    """
-    fields = [*_SAMPLE, *(tensor_field(name, shape) for name in ("latent_mean", "latent_logvar"))]
-    if image_shape is not None:
-        fields.append(image_field(image_shape))
-    return pa.schema(fields)
+    return pa.schema([*SAMPLE, *scored, image_field((size, size, 3))])
 
 
 def image_field(shape: Sequence[int]) -> pa.Field:
@@ -99,17 +91,17 @@ def tensor_column(field: pa.Field, values: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, type=field.type)
 
 
-def text_fields(
-    name: str, max_tokens: int, width: int, dtype: PackedDtype
-) -> tuple[pa.Field, pa.Field]:
+def text_fields(name: str, shape: Sequence[int], dtype: PackedDtype) -> tuple[pa.Field, pa.Field]:
     """Describe an encoded text: its row in the data file, its tokens in the texts file.
 
-    There the shape is that of the longest text: (max_tokens, width).
+    Args:
+        name: of the column.
+        shape: of the longest text: (max_tokens, width).
+        dtype: element type.
     """
-    metadata = _metadata((max_tokens, width), dtype)
     return (
         pa.field(row_column(name), pa.int32(), nullable=False),
-        pa.field(name, pa.large_binary(), nullable=False, metadata=metadata),
+        pa.field(name, pa.large_binary(), nullable=False, metadata=_metadata(shape, dtype)),
     )
 
 

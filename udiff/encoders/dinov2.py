@@ -11,6 +11,8 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from udiff.weights import hash_module
+
 DEFAULT_MODEL = "vit_base_patch14_dinov2.lvd142m"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -30,6 +32,10 @@ class DINOv2(nn.Module):
         """Encode pictures in [0, 1]; timm resamples the position table (bicubic, antialiased)."""
         tokens = self.model.forward_features(prepare_image(image))
         return tokens[:, self.model.num_prefix_tokens :]
+
+    def fingerprint(self) -> str:
+        """Hash what the tokens depend on: architecture and weights."""
+        return hash_module(self.model, {"architecture": str(self.model)})
 
 
 def prepare_image(

@@ -1,0 +1,116 @@
+"""What a latents cache is made of: latents, encoded texts, tokens, features."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from udiff.data.packing import PackedDtype
+from udiff.settings import Settings
+
+_NAME = r"^[a-z][a-z0-9_]*$"
+
+
+class ColumnSettings(Settings):
+    """An encoder, and the column that its results go to."""
+
+    name: str = Field(pattern=_NAME)
+    path: str
+    """Hub id or local folder of the encoder."""
+    dtype: PackedDtype = "float16"
+    """Element type that is stored."""
+
+    def absolute(self) -> Self:
+        """Make a local path absolute: actors have another working directory."""
+        return self.model_copy(update={"path": absolute_path(self.path)})
+
+
+class TextSettings(ColumnSettings):
+    """Texts, as states of their tokens (column `<name>`), or as ids (column `<name>_tokens`)."""
+
+    name: str = Field(default="text", pattern=_NAME)
+    encoder: Literal["t5"]
+    max_tokens: PositiveInt
+    """Longest text; a longer one is cut. Encoders that look at padding see as much of it."""
+    source: str = "caption"
+    """Column of the pictures cache that holds the texts."""
+    store: Literal["states", "tokens", "both"] = "states"
+    trim: bool = True
+    """Leave the states out that belong to padding."""
+    pad: Literal["end", "pad"] = "pad"
+    """Token that fills short texts up, of T5: a further end token, or T5's own."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the network."""
+
+
+class FeatureSettings(ColumnSettings):
+    """Tokens that a vision encoder makes of the picture."""
+
+    name: str = Field(default="dino_feature", pattern=_NAME)
+    encoder: Literal["dinov2"] = "dinov2"
+
+
+def absolute_path(path: str) -> str:
+    """Make the path of something local absolute; names of a hub stay as they are."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+class LatentsSettings(Settings):
+    """What a latents cache is made from, and how."""
+
+    input: str
+    """Folder or bucket URI of the pictures cache."""
+    output: str
+    autoencoder: str | None = None
+    """Hub id, a diffusers folder, or a bundle of an autoencoder family; without one, no latents."""
+    latent: Literal["moments", "sample"] = "moments"
+    """Columns `latent_mean` and `latent_logvar`, or one draw of each posterior as `latent`."""
+    seed: int = Field(default=0, ge=0)
+    """Of the draws."""
+    dtype: PackedDtype = "float16"
+    """Element type of the latents."""
+    flip: bool = False
+    """Encode each picture with left and right exchanged, too: columns `<name>_flipped`."""
+    texts: tuple[TextSettings, ...] = ()
+    features: tuple[FeatureSettings, ...] = ()
+    keep_image: bool = False
+    """Carry the pictures along, for teachers that look at them in training."""
+    batch_size: PositiveInt = 32
+    """Pictures or texts per network call; changes the last bits of what is encoded."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the networks that look at pictures."""
+    row_group_size: PositiveInt = 256
+    threads: PositiveInt = 1
+    """CPU threads of a worker; changes the last bits of what is encoded."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of a worker, 0 for the CPU; changes the last bits of what is encoded."""
+    workers: PositiveInt | None = None
+    """Processes; as many as the cluster has room for where it is left open."""
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> "LatentsSettings":
+        names = [column.name for column in (*self.texts, *self.features)]
+        if not names and self.autoencoder is None:
+            raise ValueError("nothing to encode: give an autoencoder, a text or a feature")
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two columns have the name {', '.join(sorted(twice))}")
+        return self
+
+    @property
+    def device(self) -> str:
+        """Where the networks run."""
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def encodes_pictures(self) -> bool:
+        """Whether pictures are looked at, or texts alone."""
+        return self.autoencoder is not None or bool(self.features)
+
+    def absolute(self) -> "LatentsSettings":
+        """Make the paths of local encoders absolute: actors have another working directory."""
+        changes = {
+            "autoencoder": self.autoencoder and absolute_path(self.autoencoder),
+            "texts": tuple(text.absolute() for text in self.texts),
+            "features": tuple(feature.absolute() for feature in self.features),
+        }
+        return self.model_copy(update=changes)

@@ -1,0 +1,74 @@
+"""Stage: texts -> tokens and the states of their tokens. One encoder per actor."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.latents_settings import TextSettings
+from pipelines.rows import Row, Rows
+from pipelines.stages.encode_image import check_finite, to_stored
+from udiff.encoders.text import TextEncoder
+
+
+class EncodeText:
+    """Encode each distinct text of a unit once, in the order of their first use.
+
+    Reads: the column of the texts (str).
+    Writes: `<name>`, float (tokens, width), without what belongs to padding, and `<name>_tokens`,
+    int32 (max_tokens,), whichever is stored; the same arrays for equal texts.
+    Refuses: texts whose states the stored type cannot hold.
+    """
+
+    def __init__(
+        self, settings: TextSettings, encoder: TextEncoder, *, device: str, batch_size: int
+    ) -> None:
+        self._settings = settings
+        self._encoder = encoder
+        self._device = torch.device(device)
+        self._batch_size = batch_size
+
+    def shape(self) -> tuple[int, int]:
+        """Find the largest number of tokens that have states, and their width."""
+        ids = self._encoder.tokenize([""], self._settings.max_tokens)
+        _, tokens, width = self._encode(ids).shape
+        return tokens, width
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Encode the texts of the rows kept."""
+        source = self._settings.source
+        texts = list(dict.fromkeys(row[source] for row in rows.kept))
+        columns = dict(self._columns(texts))
+        encoded = Rows(rejected=rows.rejected)
+        for row in rows.kept:
+            values = columns[row[source]]
+            encoded.add({**row, **values}, partial(check_finite, names=tuple(values)))
+        return encoded
+
+    def _columns(self, texts: Sequence[str]) -> Iterator[tuple[str, Row]]:
+        settings = self._settings
+        for start in range(0, len(texts), self._batch_size):
+            batch = texts[start : start + self._batch_size]
+            ids = self._encoder.tokenize(batch, settings.max_tokens)
+            columns: list[Row] = [{} for _ in batch]
+            if settings.store != "states":
+                for row, values in zip(columns, ids.to(torch.int32).numpy(), strict=True):
+                    row[f"{settings.name}_tokens"] = values
+            if settings.store != "tokens":
+                for row, states in zip(columns, self._states(ids), strict=True):
+                    row[settings.name] = states
+            yield from zip(batch, columns, strict=True)
+
+    def _states(self, ids: Tensor) -> list[np.ndarray]:
+        states = to_stored(self._encode(ids), self._settings.dtype)
+        counts = self._encoder.count_tokens(ids).tolist()
+        if not self._settings.trim:
+            return list(states)
+        # A copy: a view would keep the padding in memory as long as the unit is there.
+        return [each[:count].copy() for each, count in zip(states, counts, strict=True)]
+
+    @torch.inference_mode()
+    def _encode(self, ids: Tensor) -> Tensor:
+        return self._encoder.encode(ids.to(self._device))

@@ -1,0 +1,194 @@
+"""Every column that a latents cache can have, made of real pictures by small real encoders."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from timm.models import VisionTransformer
+
+from pipelines.encoders import Encoders, feature_columns
+from pipelines.latents import LatentsChain, plan_latents, read_pictures
+from pipelines.latents_settings import FeatureSettings, LatentsSettings
+from pipelines.shards import Unit
+from pipelines.stages.encode_image import EncodeImage
+from tests.made import draw_pictures, save_autoencoder, save_t5, write_pictures
+from udiff.autoencoders.pixels import to_pixels
+from udiff.bundle import load_autoencoder
+from udiff.data.manifest import finish, read_manifest
+from udiff.data.schema import column_values
+from udiff.data.storage import open_folder
+from udiff.data.stream import Stream
+from udiff.encoders.dinov2 import DINOv2
+from udiff.encoders.t5 import load_t5
+from udiff.settings import DataSettings, T5Settings
+
+CAPTIONS = ("a red cat", "the dog", "a cat on a red bus")
+ROWS = 14
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    write_pictures(folder / "pictures", draw_pictures(ROWS, 32), rows_per_file=8, captions=CAPTIONS)
+    save_autoencoder(folder / "autoencoder")
+    save_t5(folder / "t5")
+    return folder
+
+
+def _settings(made, output, **changes):
+    text = {"name": "t5", "encoder": "t5", "path": str(made / "t5"), "max_tokens": 7}
+    return LatentsSettings(
+        **{
+            "input": str(made / "pictures"),
+            "output": str(output),
+            "autoencoder": str(made / "autoencoder"),
+            "texts": [text],
+            "batch_size": 4,
+            "row_group_size": 4,
+            **changes,
+        }
+    )
+
+
+def _make(settings):
+    plan = plan_latents(settings)
+    chain = LatentsChain(settings, plan)
+    files = read_manifest(settings.input).files
+    units = [Unit(Path(file.path).stem, file.path, file.rows) for file in files]
+    for unit in units:
+        chain(unit)
+    return finish(open_folder(settings.output), plan, [unit.name for unit in units])
+
+
+def _column(folder, name):
+    table = pq.read_table(folder / "data")
+    return column_values(table[name], table.schema.field(name))
+
+
+def test_a_text_has_the_states_of_its_own_tokens(made, tmp_path):
+    manifest = _make(_settings(made, tmp_path))
+    assert manifest.shapes["t5"] == (7, 24)
+    stream = Stream(open_folder(tmp_path), manifest, ("t5", "latent_mean"), DataSettings())
+    batches = stream.batches(0, batch_size=ROWS, seed=0)
+    batch = next(batches)
+    batches.close()
+    encoder = load_t5(T5Settings(path=str(made / "t5")))
+    ids = encoder.tokenize(CAPTIONS, 7)
+    with torch.inference_mode():
+        states = encoder.encode(ids).half()
+    counts = encoder.count_tokens(ids).tolist()
+    wanted = [states[k, :count] for k, count in enumerate(counts)]
+    for row, length in zip(batch["t5"], batch["t5_length"].tolist(), strict=True):
+        found = [torch.allclose(row[:length], each, atol=1e-3) for each in wanted
+                 if len(each) == length]  # fmt: skip
+        assert any(found)
+        assert not row[length:].any()
+    assert sorted(batch["t5_length"].tolist()) == sorted((counts * 5)[:ROWS])
+
+
+def test_tokens_are_those_of_the_encoder_filled_up_as_it_does(made, tmp_path):
+    text = {"name": "t5", "encoder": "t5", "path": str(made / "t5"), "max_tokens": 5}
+    _make(_settings(made, tmp_path, texts=[{**text, "store": "tokens", "pad": "end"}]))
+    ids = load_t5(T5Settings(path=str(made / "t5"), pad="end")).tokenize(CAPTIONS, 5)
+    found = _column(tmp_path, "t5_tokens")
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, ids[torch.arange(ROWS) % 3])
+    assert not (tmp_path / "texts").exists()
+
+
+def test_texts_alone_need_no_autoencoder_and_look_at_no_picture(made, tmp_path):
+    manifest = _make(_settings(made, tmp_path, autoencoder=None))
+    assert set(manifest.shapes) == {"t5"}
+    assert manifest.latent_statistics is None
+    assert _column(tmp_path, "caption") == [CAPTIONS[n % 3] for n in range(ROWS)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2**-8), ("int8", 1 / 120)])
+def test_latents_are_stored_in_the_type_that_is_asked_for(made, tmp_path, dtype, tolerance):
+    _make(_settings(made, tmp_path / "half", texts=[]))
+    _make(_settings(made, tmp_path / dtype, texts=[], dtype=dtype))
+    wanted = _column(tmp_path / "half", "latent_mean").astype(np.float32)
+    found = _column(tmp_path / dtype, "latent_mean")
+    assert found.dtype == np.float32
+    assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+def test_mirrored_pictures_have_latents_of_their_own(made, tmp_path):
+    manifest = _make(_settings(made, tmp_path, texts=[], flip=True))
+    assert {"latent_mean_flipped", "latent_logvar_flipped"} <= set(manifest.shapes)
+    pictures = torch.from_numpy(draw_pictures(ROWS, 32))
+    with torch.inference_mode():
+        autoencoder = load_autoencoder(str(made / "autoencoder"))
+        wanted = autoencoder.encode_moments(to_pixels(pictures.flip(2))).mean
+    np.testing.assert_allclose(_column(tmp_path, "latent_mean_flipped"), wanted, atol=5e-3)
+
+
+def test_samples_are_draws_of_the_posteriors_and_the_same_every_time(made, tmp_path):
+    one = _make(_settings(made, tmp_path / "one", texts=[], latent="sample"))
+    _make(_settings(made, tmp_path / "again", texts=[], latent="sample", batch_size=8))
+    _make(_settings(made, tmp_path / "other", texts=[], latent="sample", seed=1))
+    _make(_settings(made, tmp_path / "moments", texts=[]))
+    sample, again, other = (_column(tmp_path / n, "latent") for n in ("one", "again", "other"))
+    mean, logvar = (_column(tmp_path / "moments", f"latent_{n}") for n in ("mean", "logvar"))
+    noise = (sample.astype(np.float32) - mean) / np.exp(logvar.astype(np.float32) / 2)
+    np.testing.assert_allclose((noise.mean(), noise.std()), (0, 1), atol=0.05)
+    np.testing.assert_allclose(sample, again, atol=5e-3)
+    assert np.abs(sample - other).mean() > 0.01
+    np.testing.assert_allclose(one.latent_statistics.std, sample.std((0, 2, 3)), rtol=5e-3)
+
+
+def test_features_stand_beside_latents_in_one_pass(made):
+    torch.manual_seed(0)
+    transformer = VisionTransformer(
+        img_size=28, patch_size=14, embed_dim=24, depth=1, num_heads=2, num_classes=0,
+        dynamic_img_size=True,
+    )  # fmt: skip
+    encoder = DINOv2(transformer)
+    feature = FeatureSettings(path="made", dtype="int8")
+    columns = feature_columns(feature, encoder)
+    encode = EncodeImage([columns], device="cpu", batch_size=4, precision="fp32")
+    assert encode.shapes(32, 32) == {"dino_feature": (4, 24)}
+    unit = Unit("a", read_manifest(made / "pictures").files[0].path, 8)
+    rows = encode(read_pictures(open_folder(made / "pictures"), unit), (32, 32))
+    images = torch.from_numpy(draw_pictures(ROWS, 32)[:8]).permute(0, 3, 1, 2) / 255
+    found = np.stack([row["dino_feature"] for row in rows.kept])
+    np.testing.assert_allclose(found, encoder(images), atol=1e-4)
+    (field,) = Encoders(_settings(made, "x", texts=[]), (columns,), (), {}).fields(
+        {"dino_feature": (4, 24)}
+    )
+    assert field.metadata == {b"shape": b"[4, 24]", b"dtype": b"int8"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"dtype": "bfloat16"}, r'identity\.latent\.stored is "float16", wanted "bfloat16"'),
+        ({"latent": "sample"}, r"identity\.latent\.content"),
+        ({"precision": "bf16"}, r"identity\.latent\.dtype"),
+        ({"flip": True}, r"shapes\.latent_mean_flipped is missing"),
+    ],
+)
+def test_a_cache_of_another_make_is_not_continued(made, tmp_path, changes, named):
+    _make(_settings(made, tmp_path, texts=[]))
+    with pytest.raises(ValueError, match=named):
+        plan_latents(_settings(made, tmp_path, texts=[], **changes))
+
+
+def test_texts_of_another_encoder_are_not_continued(made, tmp_path):
+    _make(_settings(made, tmp_path / "out", autoencoder=None))
+    save_t5(tmp_path / "other", seed=9)
+    text = {"name": "t5", "encoder": "t5", "path": str(tmp_path / "other"), "max_tokens": 6}
+    with pytest.raises(ValueError, match=r"identity\.t5\.encoder is .*t5\.max_tokens is 7"):
+        plan_latents(_settings(made, tmp_path / "out", autoencoder=None, texts=[text]))
+
+
+def test_what_cannot_be_encoded_is_named(made, tmp_path):
+    text = {"encoder": "t5", "path": str(made / "t5"), "max_tokens": 5}
+    with pytest.raises(ValueError, match="'recaption' is no column"):
+        plan_latents(_settings(made, tmp_path, texts=[{**text, "source": "recaption"}]))
+    with pytest.raises(ValueError, match="two columns have the name text"):
+        _settings(made, tmp_path, texts=[text, text])
+    with pytest.raises(ValueError, match="nothing to encode"):
+        _settings(made, tmp_path, texts=[], autoencoder=None)
