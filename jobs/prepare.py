@@ -2,6 +2,7 @@
 
     python -m jobs.prepare pictures --input SHARDS --output PICTURES --size 256
     python -m jobs.prepare dedup --input PICTURES --output DEDUPED
+    python -m jobs.prepare recaption --input DEDUPED --output RECAPTIONED --model CAPTIONER
     python -m jobs.prepare latents --input PICTURES --output LATENTS --autoencoder VAE
 
 Killed at any moment and started again with the same arguments, it goes on where it was.
@@ -20,6 +21,7 @@ from pipelines.dedup import DedupSettings, make_deduped, plan_dedup
 from pipelines.latents import make_latents, plan_latents
 from pipelines.latents_settings import FeatureSettings, LatentsSettings, TextSettings
 from pipelines.pictures import PicturesSettings, make_pictures, plan_pictures
+from pipelines.recaption import RecaptionSettings, make_recaptioned, plan_recaption
 from pipelines.schedule import FailedUnitsError, PrepareReport
 from pipelines.source import Kind
 from pipelines.stages.filter import Filters, ScoreSettings
@@ -41,6 +43,13 @@ def prepare_dedup(settings: DedupSettings) -> PrepareReport:
     return make_deduped(settings, plans)
 
 
+def prepare_recaption(settings: RecaptionSettings) -> PrepareReport:
+    """Make, or finish, a cache of pictures with captions of a model."""
+    plan = plan_recaption(settings)
+    connect()
+    return make_recaptioned(settings, plan)
+
+
 def prepare_latents(settings: LatentsSettings) -> PrepareReport:
     """Make, or finish, a cache of latents, on the running Ray or one of its own."""
     plan = plan_latents(settings)
@@ -58,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
             _print(prepare_latents(_latents_settings(options)))
         elif kind == "dedup":
             _print(prepare_dedup(DedupSettings(**options)))
+        elif kind == "recaption":
+            _print(prepare_recaption(RecaptionSettings(**options)))
         else:
             _print(prepare_pictures(_pictures_settings(options)))
 
@@ -66,9 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("jobs.prepare", __doc__)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{pictures,dedup,latents}")
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, metavar="{pictures,dedup,recaption,latents}"
+    )
     _add_pictures(_command(kinds, "pictures", "web shards -> square pictures"))
     _add_dedup(_command(kinds, "dedup", "pictures -> the same without duplicates"))
+    _add_recaption(_command(kinds, "recaption", "pictures -> the same with a model's captions"))
     _add_latents(_command(kinds, "latents", "pictures -> latents of an autoencoder"))
     return parser
 
@@ -141,6 +155,27 @@ def _add_dedup(parser: argparse.ArgumentParser) -> None:
     add("part-rows", "signatures that one task holds in memory", type=int)
     add("row-group-size", "rows of a parquet row group", type=int)
     add("gpus", "GPUs of a worker that embeds; 0 for the CPU", type=float)
+    add("workers", "processes; None for as many as the cluster has room for", type=int)
+
+
+def _add_recaption(parser: argparse.ArgumentParser) -> None:
+    add = _adder(parser, RecaptionSettings)
+    add("input", "folder or bucket URI of a pictures cache")
+    add("output", "folder or bucket URI of the cache")
+    add("model", "hub id or folder of an image-text-to-text model of transformers")
+    add("prompts", "what the model is asked; each gives captions of its own", nargs="*")
+    add("num-captions", "captions of each prompt", type=int)
+    add("max-tokens", "of a caption", type=int)
+    add("temperature", "of sampling; 0 takes the likeliest token", type=float)
+    add("top-p", "share of the probability that is sampled from", type=float)
+    add("seed", "of sampling", type=int)
+    add("max-chars", "longest caption that is kept", type=int)
+    add("min-captions", "sane captions that a row must get; 0 keeps all rows", type=int)
+    add("batch-size", "pictures captioned together", type=int)
+    add("precision", "of the network", choices=["fp32", "bf16"])
+    add("row-group-size", "rows of a parquet row group", type=int)
+    add("threads", "CPU threads of a worker", type=int)
+    add("gpus", "GPUs of a worker; 0 captions on the CPU", type=float)
     add("workers", "processes; None for as many as the cluster has room for", type=int)
 
 

@@ -63,6 +63,12 @@ def pictures_schema(size: int, *, scores: Sequence[str] = ()) -> pa.Schema:
     return pa.schema([*SAMPLE, *scored, image_field((size, size, 3))])
 
 
+def recaption_field() -> pa.Field:
+    """Describe the column of captions that a model wrote: a list of strings."""
+    element = pa.field("element", pa.string(), nullable=False)
+    return pa.field("recaption", pa.list_(element), nullable=False)
+
+
 def image_field(shape: Sequence[int]) -> pa.Field:
     """Describe the column of pictures: PNG bytes, uint8 (height, width, 3) once decoded."""
     return pa.field("image", pa.binary(), nullable=False, metadata=_metadata(shape))
