@@ -16,7 +16,7 @@ class RotaryTable(NamedTuple):
 
     def keep(self, tokens: Int[Tensor, "batch kept"]) -> "RotaryTable":
         """Select tokens, others in every sample."""
-        return RotaryTable(self.cos[tokens][:, None], self.sin[tokens][:, None])
+        return RotaryTable(self.cos[tokens], self.sin[tokens])
 
 
 @lru_cache(maxsize=64)
@@ -50,13 +50,10 @@ def rotate(
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
     """Turn every pair of adjacent channels by its token's angle, in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))
+    cos, sin = table.cos.unsqueeze(-3), table.sin.unsqueeze(-3)
     if torch.compiler.is_compiling():  # which fuses real numbers, but not complex ones
         even, odd = pairs.unbind(-1)
-        real, imaginary = (
-            even * table.cos - odd * table.sin,
-            even * table.sin + odd * table.cos,
-        )
+        real, imaginary = even * cos - odd * sin, even * sin + odd * cos
         return torch.stack([real, imaginary], -1).flatten(-2).to(x.dtype)
-    rotation = torch.complex(table.cos, table.sin)
-    turned = torch.view_as_complex(pairs.contiguous()) * rotation  # one pass
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)  # one pass
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)

@@ -25,7 +25,6 @@ from udiff.models.lightningdit.checkpoint import network_from_official
 from udiff.models.lightningdit.latents import measure_latents, statistics_keys
 from udiff.models.lightningdit.network import (
     RotaryEmbedding,
-    modulate,
     position_table,
     unpatchify,
 )
@@ -43,7 +42,7 @@ from udiff.models.lightningdit.transport import (
     solve_ode,
     solve_sde,
 )
-from udiff.nn.norm import RMSNorm
+from udiff.nn.norm import RMSNorm, modulate
 from udiff.nn.rotary import rotate
 from udiff.nn.timestep import timestep_features
 from udiff.samplers import sde

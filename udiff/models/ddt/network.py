@@ -9,9 +9,10 @@ from torch import Tensor, addcmul, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from udiff.nn.feed_forward import SwiGLU
-from udiff.nn.norm import RMSNorm
+from udiff.nn.heads import rotary_heads
+from udiff.nn.norm import ModulatedLayerNorm, ModulatedRMSNorm, RMSNorm
 from udiff.nn.patch import patchify, unpatchify
-from udiff.nn.rotary import RotaryTable, rotary_table, rotate
+from udiff.nn.rotary import RotaryTable, rotary_table
 from udiff.nn.timestep import timestep_features
 from udiff.nn.token_mask import keep_tokens, restore_tokens
 from udiff.system import Prediction
@@ -87,9 +88,13 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "batch #heads tokens tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
         """Attend among the tokens where `mask` (if any) is true."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        q, k = rotate(self.q_norm(q), positions), rotate(self.k_norm(k), positions)
+        q, k, v = rotary_heads(
+            self.qkv(x),
+            self.num_heads,
+            positions=positions,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+        )
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
@@ -99,9 +104,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(dim)
+        self.norm1 = ModulatedRMSNorm(dim)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = RMSNorm(dim)
+        self.norm2 = ModulatedRMSNorm(dim)
         self.mlp = SwiGLU(dim, int(2 * int(4 * dim) / 3))
         # The published initialization is torch's default here: not zero.
         self.adaLN_modulation = nn.Sequential(nn.Linear(dim, 6 * dim))
@@ -117,9 +122,8 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(
             6, dim=-1
         )
-        attended = self.attn(addcmul(shift_a, self.norm1(x), 1 + scale_a), positions, mask)
-        x = addcmul(x, gate_a, attended)
-        return addcmul(x, gate_m, self.mlp(addcmul(shift_m, self.norm2(x), 1 + scale_m)))
+        x = addcmul(x, gate_a, self.attn(self.norm1(x, scale_a, shift_a), positions, mask))
+        return addcmul(x, gate_m, self.mlp(self.norm2(x, scale_m, shift_m)))
 
 
 class FinalLayer(nn.Module):
@@ -127,7 +131,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, features: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm_final = ModulatedLayerNorm(dim)
         self.linear = nn.Linear(dim, features)
         modulation = nn.Linear(dim, 2 * dim)
         self.adaLN_modulation = nn.Sequential(modulation)
@@ -142,7 +146,7 @@ class FinalLayer(nn.Module):
     ) -> Float[Tensor, "batch tokens features"]:
         """Predict each token's patch."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(addcmul(shift, self.norm_final(x), 1 + scale))
+        return self.linear(self.norm_final(x, scale, shift))
 
 
 class DDT(nn.Module):

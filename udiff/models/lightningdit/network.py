@@ -9,12 +9,14 @@ from typing import Literal
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
+from torch import Tensor, addcmul, nn
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from udiff.nn.norm import RMSNorm
+from udiff.nn.feed_forward import gelu_tanh
+from udiff.nn.heads import rotary_heads, split_heads
+from udiff.nn.norm import ModulatedLayerNorm, ModulatedRMSNorm, RMSNorm
 from udiff.nn.patch import patchify
-from udiff.nn.rotary import RotaryTable, rotate
+from udiff.nn.rotary import RotaryTable
 from udiff.nn.timestep import timestep_features
 from udiff.nn.token_mask import keep_tokens, restore_tokens
 from udiff.system import Prediction
@@ -111,11 +113,12 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], positions: RotaryTable | None
     ) -> Float[Tensor, "batch tokens dim"]:
         """Attend among all tokens."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if positions is not None:
-            q, k = rotate(q, positions), rotate(k, positions)
+        qkv, norms = self.qkv(x), {"q_norm": self.q_norm, "k_norm": self.k_norm}
+        if positions is None:
+            q, k, v = split_heads(qkv, self.num_heads)
+            q, k = self.q_norm(q), self.k_norm(k)
+        else:
+            q, k, v = rotary_heads(qkv, self.num_heads, positions=positions, **norms)
         attended = scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
@@ -130,7 +133,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Apply to each token by itself."""
-        gate, value = self.w12(x).chunk(2, dim=-1)
+        weights, biases = self.w12.weight.chunk(2), self.w12.bias.chunk(2)
+        # Not a product with the whole: halves of its result would have to be joined again for the
+        # gradient, which are longer than halves of the weight.
+        gate, value = linear(x, weights[0], biases[0]), linear(x, weights[1], biases[1])
         return self.w3(silu(gate) * value)
 
 
@@ -144,7 +150,7 @@ class GeluFeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Apply to each token by itself."""
-        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu_tanh(self.fc1(x)))
 
 
 @dataclass(frozen=True)
@@ -191,8 +197,8 @@ class Block(nn.Module):
         else:
             scale_a, gate_a, scale_m, gate_m = modulation.chunk(4, dim=-1)
             shift_a = shift_m = None
-        x = x + gate_a * self.attn(modulate(self.norm1(x), scale_a, shift_a), positions)
-        return x + gate_m * self.mlp(modulate(self.norm2(x), scale_m, shift_m))
+        x = addcmul(x, gate_a, self.attn(self.norm1(x, scale_a, shift_a), positions))
+        return addcmul(x, gate_m, self.mlp(self.norm2(x, scale_m, shift_m)))
 
 
 class FinalLayer(nn.Module):
@@ -209,7 +215,7 @@ class FinalLayer(nn.Module):
     ) -> Float[Tensor, "batch tokens features"]:
         """Predict each token's patch."""
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), scale, shift))
+        return self.linear(self.norm_final(x, scale, shift))
 
 
 class LightningDiT(nn.Module):
@@ -316,16 +322,6 @@ class LightningDiT(nn.Module):
                 nn.init.xavier_uniform_(p.flatten(1))
 
 
-def modulate(
-    x: Float[Tensor, "batch tokens dim"],
-    scale: Float[Tensor, "batch 1 dim"],
-    shift: Float[Tensor, "batch 1 dim"] | None,
-) -> Float[Tensor, "batch tokens dim"]:
-    """Compute x (1 + scale) + shift."""
-    scaled = x * (1 + scale)
-    return scaled if shift is None else scaled + shift
-
-
 def position_table(dim: int, grid: int) -> Float[Tensor, "tokens dim"]:
     """Compute sines and cosines of each token's place, in float64 and then rounded.
 
@@ -359,9 +355,7 @@ def _pick(features: dict[int, Tensor], layer: int | None) -> Tensor | None:
 
 
 def _make_norm(kind: NormKind, dim: int) -> nn.Module:
-    if kind == "rms":
-        return RMSNorm(dim)
-    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+    return ModulatedRMSNorm(dim) if kind == "rms" else ModulatedLayerNorm(dim)
 
 
 def _make_qk_norm(kind: NormKind | None, head_dim: int) -> nn.Module:

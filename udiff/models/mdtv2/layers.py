@@ -7,11 +7,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
+from udiff.nn.feed_forward import gelu_tanh
+from udiff.nn.norm import ModulatedLayerNorm
 from udiff.nn.timestep import timestep_features
-
-LAYER_NORM_EPS = 1e-6
 
 
 class PatchEmbedder(nn.Module):
@@ -138,7 +138,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
         """Apply to each token by itself."""
-        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu_tanh(self.fc1(x)))
 
 
 class BlockSizes(NamedTuple):
@@ -157,9 +157,9 @@ class Block(nn.Module):
     def __init__(self, sizes: BlockSizes) -> None:
         super().__init__()
         dim = sizes.dim
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS, elementwise_affine=False)
+        self.norm1 = ModulatedLayerNorm(dim)
         self.attn = Attention(dim, sizes.num_heads, sizes.grid_size)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS, elementwise_affine=False)
+        self.norm2 = ModulatedLayerNorm(dim)
         self.mlp = FeedForward(dim, int(dim * sizes.mlp_ratio))
         self.adaLN_modulation = _modulation(dim, 6)
 
@@ -172,9 +172,8 @@ class Block(nn.Module):
         """Attend, then transform each token."""
         modulation = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        attended = self.attn(modulate(self.norm1(x), shift_a, scale_a), index)
-        x = torch.addcmul(x, gate_a, attended)
-        return torch.addcmul(x, gate_m, self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
+        x = torch.addcmul(x, gate_a, self.attn(self.norm1(x, scale_a, shift_a), index))
+        return torch.addcmul(x, gate_m, self.mlp(self.norm2(x, scale_m, shift_m)))
 
 
 class SkipBlock(Block):
@@ -200,7 +199,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.norm_final = nn.LayerNorm(dim, eps=LAYER_NORM_EPS, elementwise_affine=False)
+        self.norm_final = ModulatedLayerNorm(dim)
         self.linear = nn.Linear(dim, patch_size**2 * out_channels)
         self.adaLN_modulation = _modulation(dim, 2)
         nn.init.zeros_(self.linear.weight)
@@ -211,16 +210,7 @@ class FinalLayer(nn.Module):
     ) -> Float[Tensor, "batch tokens features"]:
         """Predict each token's patch; features are ordered (row, column, channel)."""
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-def modulate(
-    x: Float[Tensor, "batch tokens dim"],
-    shift: Float[Tensor, "batch 1 dim"],
-    scale: Float[Tensor, "batch 1 dim"],
-) -> Float[Tensor, "batch tokens dim"]:
-    """Compute x (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+        return self.linear(self.norm_final(x, scale, shift))
 
 
 def unpatchify(
