@@ -1,8 +1,6 @@
 """DDT and improved DiT: keys, sizes, configurations, and what the networks promise."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -110,25 +108,6 @@ def test_a_dropped_token_is_not_seen_by_the_encoder():
     changed[..., 4:, :] += 1  # tokens 8..15
     states = [network(image, t, label=label, keep=keep).state for image in (x, changed)]
     assert torch.equal(*states)
-
-
-COMPILE = """
-import torch
-from udiff.models.ddt.checkpoint import network_from_official
-network = network_from_official(%r)
-for parameter in network.parameters():
-    torch.nn.init.normal_(parameter, std=0.1)
-given = torch.randn(2, 4, 8, 8), torch.rand(2)
-plain = network(*given, label=torch.tensor([1, 10])).output
-for block in network.blocks:
-    block.compile(fullgraph=True, backend="aot_eager")
-torch.testing.assert_close(network(*given, label=torch.tensor([1, 10])).output, plain)
-"""
-
-
-def test_blocks_compile_as_a_whole_with_the_same_result():
-    """In a process of its own: the shape checks of tests can't be compiled."""
-    subprocess.run([sys.executable, "-c", COMPILE % TINY], check=True, timeout=200)
 
 
 def test_checkpointed_activations_give_the_same_gradients():
