@@ -2,6 +2,7 @@
 
     python -m jobs.convert --family ddt --checkpoint last.ckpt --config config.yaml --out bundle
     python -m jobs.convert --to-official --checkpoint bundle --out last.ckpt
+    python -m jobs.convert --family dual_diffusion --checkpoint DIFFUSERS_FOLDER --out bundle
 
 Nothing is guessed: keys that are missing or unknown are an error that lists them, and a checkpoint
 that holds pickled objects other than tensors is refused. Tensors are the same bytes in both.
@@ -10,6 +11,7 @@ that holds pickled objects other than tensors is refused. Tensors are the same b
 import argparse
 import importlib
 import importlib.util
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jobs.console import UserError, run_job
-from udiff.bundle import RECIPE, TRAINING_WEIGHTS, WEIGHTS, save_bundle
+from udiff.bundle import RECIPE, TRAINING_WEIGHTS, WEIGHTS, resolve_encoders, save_bundle
 from udiff.recipe import families, load_recipe, parse_recipe
+from udiff.system import FamilyRecipe
 from udiff.weights import TRAINING, check_weights, read_checkpoint
 
 
@@ -34,8 +37,11 @@ def to_bundle(family: str, checkpoint: Path, out: Path, *, config: Path | None =
         UserError: there is no such family, or it has no official checkpoints.
         ValueError: the checkpoint can't be used; the message lists the keys.
     """
-    converter = _find_converter(family)
-    keys, weights = converter.convert_in(read_checkpoint(checkpoint), _read_config(config))
+    if checkpoint.is_dir():
+        keys, weights = _find_folders(family).convert_folder(checkpoint, _read_config(config))
+    else:
+        converter = _find_converter(family)
+        keys, weights = converter.convert_in(read_checkpoint(checkpoint), _read_config(config))
     recipe = parse_recipe(keys, source=str(config or checkpoint))
     with torch.device("meta"):
         system = recipe.build()
@@ -62,11 +68,26 @@ def to_official(bundle: Path, out: Path, *, family: str | None = None) -> None:
     weights = load_file(bundle / WEIGHTS)
     if (bundle / TRAINING_WEIGHTS).is_file():
         weights |= load_file(bundle / TRAINING_WEIGHTS)
-    official = _find_converter(recipe.family).convert_out(recipe, weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     staged = out.with_name(f".{out.name}.part")
+    if not out.suffix:
+        _write_folder(recipe, weights, bundle, staged=staged, out=out)
+        return
+    official = _find_converter(recipe.family).convert_out(recipe, weights)
     _save(official, staged, is_safetensors=out.suffix == ".safetensors")
     staged.replace(out)
+
+
+def _write_folder(
+    recipe: FamilyRecipe, weights: Mapping[str, Tensor], bundle: Path, *, staged: Path, out: Path
+) -> None:
+    """Write a folder that appears complete, or not at all."""
+    if out.exists():
+        raise UserError(f"--out {out} exists; name another folder")
+    shutil.rmtree(staged, ignore_errors=True)
+    recipe = resolve_encoders(recipe, bundle)
+    _find_folders(recipe.family).write_folder(recipe, weights, staged)
+    staged.rename(out)
 
 
 def _save(official: Mapping[str, Any], path: Path, *, is_safetensors: bool) -> None:
@@ -88,8 +109,18 @@ def _find_converter(family: str) -> ModuleType:
     return importlib.import_module(f"udiff.models.{family}.checkpoint")
 
 
-def _has_converter(family: str) -> bool:
-    return importlib.util.find_spec(f"udiff.models.{family}.checkpoint") is not None
+def _has_converter(family: str, module: str = "checkpoint") -> bool:
+    return importlib.util.find_spec(f"udiff.models.{family}.{module}") is not None
+
+
+def _find_folders(family: str) -> ModuleType:
+    """Find what reads and writes a family's checkpoints that are folders."""
+    known = [name for name in families() if _has_converter(name, "folder")]
+    if family not in known:
+        raise UserError(
+            f"checkpoints that are folders are those of {', '.join(known)}; {family} has files"
+        )
+    return importlib.import_module(f"udiff.models.{family}.folder")
 
 
 def _read_config(path: Path | None) -> dict[str, Any] | None:
@@ -128,7 +159,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--family", help="whose checkpoint it is; a bundle knows")
-    add("--checkpoint", type=Path, required=True, help="official file, or the bundle to write back")
+    add(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="official file or folder, or the bundle to write back",
+    )
     add("--config", type=Path, help="official YAML; without it, what the weights tell is used")
     add("--out", type=Path, required=True, help="folder of the bundle, or official file to write")
     add("--to-official", action="store_true", help="from a bundle to the official layout")

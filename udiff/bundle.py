@@ -32,6 +32,7 @@ TRAINING_WEIGHTS = "training.safetensors"
 """What only further training needs, of imported checkpoints that have it."""
 
 S = TypeVar("S", bound=Settings)
+R = TypeVar("R", bound=FamilyRecipe)
 ChangeEncoder = Callable[[tuple[str, ...], EncoderSettings], EncoderSettings]
 
 
@@ -56,12 +57,17 @@ def load_bundle(path: str | Path) -> Bundle:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not a bundle: it has no {name}")
     recipe = parse_recipe(yaml.safe_load((path / RECIPE).read_text()), source=str(path / RECIPE))
-    recipe = _map_encoders(recipe, lambda _, encoder: encoder.relative_to(path))
+    recipe = resolve_encoders(recipe, path)
     system = recipe.build()
     _load_weights(system, read_weights(path), path)
     for module in system.modules.values():
         module.eval().requires_grad_(False)
     return Bundle(path, recipe, system)
+
+
+def resolve_encoders(recipe: R, bundle: Path) -> R:
+    """Find the encoders that lie in a bundle."""
+    return _map_encoders(recipe, lambda _, encoder: encoder.relative_to(bundle))
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -140,8 +140,8 @@ class T5Settings(EncoderSettings):
     of a pipeline."""
     pad: Literal["end", "pad"] = "pad"
     """Token that fills short texts up: a further end token, or T5's own. Neither is masked."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the weights and the computation; states are float32."""
+    precision: Literal["fp32", "bf16", "stored"] = "fp32"
+    """Of the weights and the computation, `stored` as in their file; states are float32."""
 
 
 class AutoencoderSettings(EncoderSettings):

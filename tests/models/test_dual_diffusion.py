@@ -1,25 +1,38 @@
 """Dual Diffusion: what is not in the reference vectors."""
 
 import io
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, T5EncoderModel
 
+from jobs.convert import to_bundle, to_official
 from tests.made import WORDS, draw_pictures, save_diffusers_autoencoder, save_random_bundle, save_t5
 from udiff.bundle import load_bundle
 from udiff.diffusion.masked_text import MaskTimes, after_end
 from udiff.fit import initialize
 from udiff.generate import Generator
+from udiff.models.dual_diffusion.checkpoint import (
+    from_sd3,
+    network_arguments,
+    network_from_official,
+)
 from udiff.models.dual_diffusion.network import DualDiffusion
 from udiff.recipe import RecipeError, load_recipe
 from udiff.samplers.unmask import unmask
 from udiff.system import FamilyRecipe, Query, Rng, Steps, System
 from udiff.training.optimizer import make_optimizer
 from udiff.training.shard import checkpoint_activations
+from udiff.weights import WeightsError, load_strictly
 
 VOCABULARY = len(WORDS) + 4
 MASK = VOCABULARY - 1
@@ -327,3 +340,120 @@ def test_the_published_network_has_its_published_size():
     with torch.device("meta"):
         network = DualDiffusion(vocab_size=32_100)
     assert sum(p.numel() for p in network.parameters()) == 2_102_856_100
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def _official_config() -> dict:
+    return {
+        "vocab_size": VOCABULARY, "sample_size": 16, "patch_size": 2, "in_channels": 4,
+        "out_channels": 4, "num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 1,
+        "joint_attention_dim": 24, "caption_projection_dim": 64, "pos_embed_max_size": 24,
+        "dual_attention_layers": [], "qk_norm": None, "pooled_projection_dim": 8,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def released(encoders, tmp_path):
+    """A folder as released ones are; the transformer's file is diffusers' own."""
+    folder = tmp_path / "released"
+    torch.manual_seed(7)
+    network = network_from_official(_official_config())
+    network.save_pretrained(folder / "transformer")
+    (folder / "transformer" / "config.json").write_text(json.dumps(_official_config()))
+    shutil.copytree(encoders / "vae", folder / "vae")
+    T5EncoderModel.from_pretrained(encoders / "t5").save_pretrained(folder / "text_encoder")
+    AutoTokenizer.from_pretrained(encoders / "t5").save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def _bytes(folder: Path, *names: str) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in names]
+
+
+def test_a_released_folder_comes_back_byte_by_byte(released, tmp_path):
+    to_bundle("dual_diffusion", released, tmp_path / "bundle")
+    to_official(tmp_path / "bundle", tmp_path / "back")
+    files = (
+        "transformer/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "tokenizer/tokenizer.json",
+    )
+    assert _bytes(tmp_path / "back", *files) == _bytes(released, *files)
+    wanted, found = (
+        json.loads((folder / "transformer/config.json").read_text())
+        for folder in (released, tmp_path / "back")
+    )
+    ignored = {"pooled_projection_dim", "_class_name", "_diffusers_version"}
+    assert {k: v for k, v in wanted.items() if k not in ignored} == {
+        k: v for k, v in found.items() if k not in ignored
+    }
+    to_bundle("dual_diffusion", tmp_path / "back", tmp_path / "again")
+    name = "weights.safetensors"
+    assert _bytes(tmp_path / "again", name) == _bytes(tmp_path / "bundle", name)
+
+
+def test_a_consolidated_checkpoint_comes_back(released, tmp_path):
+    weights = load_file(released / "transformer/diffusion_pytorch_model.safetensors")
+    torch.save(weights, tmp_path / "consolidated.00-of-01.pth")
+    torch.save({"state_dict": weights}, tmp_path / "wrapped.pth")
+    torch.save(torch.arange(24.0), tmp_path / "mask_token_emb.00-of-01.pth")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"pretrained_mask_emb: {tmp_path / 'mask_token_emb.00-of-01.pth'}\n")
+    for name in ("consolidated.00-of-01.pth", "wrapped.pth"):
+        to_bundle("dual_diffusion", tmp_path / name, tmp_path / "bundle", config=config)
+        to_official(tmp_path / "bundle", tmp_path / "back.safetensors")
+        back = load_file(tmp_path / "back.safetensors")
+        assert back.keys() == weights.keys()
+        assert all(torch.equal(back[key], weights[key]) for key in weights)
+        row = load_file(tmp_path / "bundle/weights.safetensors")["mask_row.weight"]
+        assert torch.equal(row, torch.arange(24.0))
+    with pytest.raises(WeightsError, match="name its file as pretrained_mask_emb"):
+        to_bundle("dual_diffusion", tmp_path / name, tmp_path / "bundle")
+
+
+def test_sd3_gives_all_that_it_has(released, tmp_path):
+    official = {k: v for k, v in _official_config().items() if k != "vocab_size"}
+    torch.manual_seed(8)
+    sd3 = SD3Transformer2DModel(**official)
+    ours = network_from_official(_official_config())
+    weights = from_sd3(sd3.state_dict(), network_arguments(_official_config()))
+    load_strictly(ours, weights, source="SD3")
+    # Without what pooled texts add to the time, SD3 gives the velocity of what it became.
+    pooled = sd3.time_text_embed.text_embedder
+    for parameter in pooled.linear_2.parameters():
+        parameter.data.zero_()
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([700.0, 30.0]), torch.randn(2, 5, 24)
+    theirs = sd3(x, text, torch.zeros(2, 8), t).sample
+    torch.testing.assert_close(ours(x, t, text=text).output, theirs, rtol=1e-5, atol=1e-5)
+    assert weights.keys() == ours.state_dict().keys()
+
+
+def test_the_keys_of_the_published_sizes_are_covered():
+    config = {
+        **_official_config(), "vocab_size": 32_100, "sample_size": 128, "in_channels": 16,
+        "out_channels": 16, "num_layers": 24, "num_attention_heads": 24,
+        "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pos_embed_max_size": 192,
+    }  # fmt: skip
+    official = {k: v for k, v in config.items() if k not in ("vocab_size", "pooled_projection_dim")}
+    with torch.device("meta"):
+        sd3 = SD3Transformer2DModel(**official, pooled_projection_dim=2048)
+        assert sum(p.numel() for p in sd3.parameters()) == 2_028_328_000
+    with torch.device("meta"):
+        weights = from_sd3(sd3.state_dict(), network_arguments(config))
+    assert len(weights) == 688
+
+
+def test_a_lora_is_merged_where_it_leaves(recipe, tmp_path):
+    adapted = recipe("lora={rank: 2, alpha: 4}")
+    save_random_bundle(tmp_path / "bundle", adapted, seed=3)
+    to_official(tmp_path / "bundle", tmp_path / "out.safetensors")
+    plain = recipe().build_network()
+    load_strictly(plain, load_file(tmp_path / "out.safetensors"), source="merged")
+    x, t, text = torch.randn(2, 4, 8, 8), torch.full((2,), 500.0), torch.randn(2, 12, 24)
+    with_adapters = load_bundle(tmp_path / "bundle").system.modules["denoiser"]
+    torch.testing.assert_close(
+        plain(x, t, text=text).output, with_adapters(x, t, text=text).output, rtol=1e-4, atol=1e-5
+    )

@@ -13,7 +13,7 @@ from udiff.weights import WeightsError, hash_module, read_checkpoint
 
 _FOLDERS = (("text_encoder_3", "tokenizer_3"), ("text_encoder", "tokenizer"), ("", ""))
 """Where SD3's pipelines, those of Dual Diffusion, and bare models keep encoder and tokenizer."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "stored": "auto"}
 
 
 class T5(nn.Module):
