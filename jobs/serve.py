@@ -23,6 +23,7 @@ from jobs.cluster import connect
 from jobs.console import UserError, run_job
 from serve.app import APP_NAME, Args, build_application
 from serve.engine import check_bundle
+from serve.proxy import install
 
 PROXY_START_S = 15.0
 
@@ -51,6 +52,7 @@ def _serving(args: Args, *, host: str, port: int) -> Iterator[None]:
     # What Serve says of its replicas is in Ray's logs; the console is the user's.
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
+    install()
     connect()
     serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
     try:

@@ -38,6 +38,7 @@ class BodyLimit:
     """ASGI middleware: answer 413 to a body that is too long, and 408 to one that drips.
 
     A body that says how long it is is refused before any of it is read, a chunked one at the limit.
+    It stands around the front and, as Serve's proxy reads bodies on its own, around the proxy.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
@@ -47,37 +48,61 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or pass on with the body counted as it is read."""
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         limit = self._limit(scope["path"])
         if _announced_bytes(Headers(scope=scope)) > limit:
-            return await error_response(_too_long(limit))(scope, receive, send)
-        return await self._app(scope, self._counted(receive, limit), send)
+            await error_response(_too_long(limit))(scope, receive, send)
+            return
+        body = _CountedBody(receive, limit, self._limits.body_timeout_s)
+
+        async def send_unless_refused(message: Message) -> None:
+            if body.refusal is None:
+                await send(message)
+
+        try:
+            await self._app(scope, body.receive, send_unless_refused)
+        except Exception:
+            if body.refusal is None:
+                raise
+        if body.refusal is not None:
+            await error_response(body.refusal)(scope, receive, send)
 
     def _limit(self, path: str) -> int:
         if path.startswith(PICTURE_PATHS):
             return self._limits.max_picture_body_bytes
         return self._limits.max_body_bytes
 
-    def _counted(self, receive: Receive, limit: int) -> Receive:
-        deadline = asyncio.get_running_loop().time() + self._limits.body_timeout_s
-        num_bytes, is_complete = 0, False
 
-        async def receive_counted() -> Message:
-            nonlocal num_bytes, is_complete
-            if is_complete:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise ApiError(408, "The body did not arrive in time.", code="timeout") from None
-            num_bytes += len(message.get("body", b""))
-            is_complete = not message.get("more_body", False)
-            if num_bytes > limit:
-                raise _too_long(limit)
-            return message
+class _CountedBody:
+    """A body on its way in; beyond its bounds the client seems to be gone to what reads it."""
 
-        return receive_counted
+    def __init__(self, receive: Receive, limit: int, timeout_s: float) -> None:
+        self.refusal: ApiError | None = None
+        self._receive = receive
+        self._limit = limit
+        self._deadline = asyncio.get_running_loop().time() + timeout_s
+        self._num_bytes = 0
+        self._is_complete = False
+
+    async def receive(self) -> Message:
+        """Give the next part of the body, or what comes after it."""
+        if self._is_complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            return self._refuse(ApiError(408, "The body did not arrive in time.", code="timeout"))
+        self._num_bytes += len(message.get("body", b""))
+        self._is_complete = not message.get("more_body", False)
+        if self._num_bytes > self._limit:
+            return self._refuse(_too_long(self._limit))
+        return message
+
+    def _refuse(self, refusal: ApiError) -> Message:
+        self.refusal, self._is_complete = refusal, True
+        return {"type": "http.disconnect"}
 
 
 def _announced_bytes(headers: Headers) -> int:
