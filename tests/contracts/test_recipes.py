@@ -38,6 +38,16 @@ def test_a_family_has_a_debug_recipe(family):
     assert load_recipe(f"{family}/debug").family == family
 
 
+@pytest.mark.parametrize("family", families())
+def test_a_task_can_be_tried_out(family):
+    with torch.device("meta"):
+        tasks = load_recipe(f"{family}/debug").build().tasks
+    for name, task in tasks.items():
+        assert task.name == name
+        request = task.request.model_validate(dict(task.example))
+        assert request.seed == 0
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_resolved_recipe_reads_back_the_same(name, tmp_path):
     recipe = load_recipe(name)
