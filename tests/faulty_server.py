@@ -7,6 +7,7 @@ the second request for the same path.
 import argparse
 import io
 import socket
+import string
 import threading
 import time
 from collections import Counter
@@ -90,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _picture(self, number: str) -> bytes:
         pictures = self.server.pictures
-        return pictures[int(number) % len(pictures)]
+        return pictures[int(number.lstrip(string.ascii_letters + "_") or 0) % len(pictures)]
 
     def _send(self, body: bytes, *, status: int = 200, length: int | None = None, **headers: str):
         self.send_response(status)

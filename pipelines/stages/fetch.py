@@ -1,7 +1,8 @@
 """Stage: URLs -> the bodies of their pictures, many at a time, within a deadline.
 
-img2dataset's own downloader has no deadline for a row or a shard, takes any address and any size,
-and reads `urllib`'s process-wide opener, so that nothing of this can be put around it.
+img2dataset's downloader does this in one function that bounds neither a row nor a shard in time (a
+host that drips a byte a second holds it), takes any address and any size, asks again at once, and
+writes in the order of arrival; so only its layout is kept.
 """
 
 import asyncio

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,7 @@ from udiff.data.manifest import read_manifest
 from udiff.data.storage import open_folder
 
 ROOT = Path(__file__).parents[2]
-SHARDS = 8
+SHARDS = 6
 FAULTS = [*GOOD, *PASSING, *PERMANENT]
 OPTIONS = ("--timeout-s", "1", "--retries", "1", "--pause-s", "0.01", "--max-bytes", "1000000")
 OPTIONS += ("--allowed-networks", "127.0.0.1/32", "--shard-rows", str(len(FAULTS)))
@@ -77,85 +78,84 @@ def test_help_names_the_defaults(capsys):
     assert "(default: noai,noimageai,noindex,noimageindex)" in out
 
 
+# ---------------------------------------------------------------- on Ray
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    connect()
+    return ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory):
+    with faulty_server() as url:
+        yield _write_list(tmp_path_factory.mktemp("lists") / "urls.parquet", url)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(urls, cluster, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert main(_arguments(urls, output)) == 0
+    manifest = read_manifest(output)
+    assert manifest.images_in == SHARDS * len(FAULTS)
+    assert manifest.num_rows == SHARDS * len(GOOD + PASSING)
+    assert manifest.num_rows + sum(manifest.rejected.values()) == manifest.images_in
+    return output
+
+
 @pytest.mark.long
-class TestOnRay:
-    @pytest.fixture(scope="class")
-    def cluster(self):
-        connect()
-        return ray.get_runtime_context().gcs_address
+@pytest.mark.timeout(900)
+def test_killed_jobs_and_workers_end_with_the_bytes_of_an_undisturbed_run(
+    urls, cluster, undisturbed, tmp_path
+):
+    job = _start(urls, tmp_path, cluster)
+    _wait_for(job, tmp_path, 2)
+    job.send_signal(signal.SIGKILL)
+    job.communicate()
+    assert job.returncode == -signal.SIGKILL
+    job = _start(urls, tmp_path, cluster)
+    _wait_for(job, tmp_path, 4)
+    assert _kill_workers()
+    out, err = job.communicate(timeout=600)
+    assert job.returncode == 0, err
+    assert f"{SHARDS * len(FAULTS)} URLs, " in out
+    assert _files(tmp_path) == _files(undisturbed)
 
-    @pytest.fixture(scope="class")
-    def urls(self, tmp_path_factory):
-        with faulty_server() as url:
-            yield _write_list(tmp_path_factory.mktemp("lists") / "urls.parquet", url)
 
-    @pytest.fixture(scope="class")
-    def undisturbed(self, urls, cluster, tmp_path_factory):
-        output = tmp_path_factory.mktemp("undisturbed")
-        assert main(_arguments(urls, output)) == 0
-        manifest = read_manifest(output)
-        assert manifest.images_in == SHARDS * len(FAULTS)
-        assert manifest.num_rows == SHARDS * len(GOOD + PASSING)
-        assert manifest.num_rows + sum(manifest.rejected.values()) == manifest.images_in
-        return output
-
-    def test_a_job_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(
-        self, urls, cluster, undisturbed, tmp_path
-    ):
-        for count in (0, 2, 5):
-            job = _start(urls, tmp_path, cluster)
-            while job.poll() is None and len(list(tmp_path.glob("units/[!.]*.json"))) < count:
-                time.sleep(0.01)
-            job.send_signal(signal.SIGKILL)
-            job.communicate()
-            assert job.returncode == -signal.SIGKILL
-        job = _start(urls, tmp_path, cluster)
-        out, err = job.communicate(timeout=200)
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_two_jobs_at_once_make_one_download(urls, cluster, undisturbed, tmp_path):
+    jobs = [_start(urls, tmp_path, cluster) for _ in range(2)]
+    for job in jobs:
+        _, err = job.communicate(timeout=600)
         assert job.returncode == 0, err
-        assert f"{SHARDS * len(FAULTS)} URLs, " in out
-        assert _files(tmp_path) == _files(undisturbed)
-
-    def test_two_jobs_at_once_make_one_download(self, urls, cluster, undisturbed, tmp_path):
-        jobs = [_start(urls, tmp_path, cluster) for _ in range(2)]
-        for job in jobs:
-            _, err = job.communicate(timeout=250)
-            assert job.returncode == 0, err
-        assert _files(tmp_path) == _files(undisturbed)
-
-    def test_killed_workers_leave_no_trace(self, urls, cluster, undisturbed, tmp_path):
-        job = _start(urls, tmp_path, cluster)
-        killed = set()
-        while job.poll() is None and len(killed) < 2:
-            if len(list(tmp_path.glob("units/[!.]*.json"))) > 3 * len(killed):
-                killed |= _kill_actors(killed)
-            time.sleep(0.02)
-        _, err = job.communicate(timeout=250)
-        assert job.returncode == 0, err
-        assert _files(tmp_path) == _files(undisturbed)
-
-    def test_a_bucket_is_as_good_as_a_disk(self, urls, cluster, undisturbed, bucket, tmp_path):
-        assert main(_arguments(urls, bucket)) == 0
-        stored = open_folder(bucket)
-        assert read_manifest(stored) == read_manifest(undisturbed)
-        for name, content in _files(undisturbed).items():
-            if not name.startswith("index/"):
-                assert stored.read(name) == content
-        assert list(Tars(stored).fingerprints()) == [f"{n:05d}.tar" for n in range(SHARDS)]
+    assert _files(tmp_path) == _files(undisturbed)
 
 
-def _kill_actors(but):
-    """Kill the processes in which Ray runs the chain."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and _is_worker(entry):
-            found.add(int(entry.name))
-    for process in found - but:
-        os.kill(process, signal.SIGKILL)
-    return found
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_bucket_is_as_good_as_a_disk(urls, cluster, undisturbed, bucket):
+    assert main(_arguments(urls, bucket)) == 0
+    stored = open_folder(bucket)
+    assert read_manifest(stored) == read_manifest(undisturbed)
+    for name, content in _files(undisturbed).items():
+        assert stored.read(name) == content
+    assert list(Tars(stored).fingerprints()) == [f"{n:05d}.tar" for n in range(SHARDS)]
 
 
-def _is_worker(entry):
-    try:
-        return b"MapWorker" in (entry / "cmdline").read_bytes()
-    except OSError:
-        return False
+def _wait_for(job, folder, count):
+    while job.poll() is None and len(list(folder.glob("units/[!.]*.json"))) < count:
+        time.sleep(0.02)
+
+
+def _kill_workers():
+    """Kill the processes in which this test's Ray runs the chain."""
+    workers = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "MapWorker" in "".join(process.cmdline())
+    ]
+    for process in workers:
+        process.kill()
+    return workers
