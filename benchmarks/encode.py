@@ -44,7 +44,10 @@ def main() -> None:
     batches = [b.to(device) for b in torch.from_numpy(pictures).split(BATCH_SIZE)]
     _encode_bare(autoencoder, batches[:1]), stage(rows[:BATCH_SIZE], (size, size))
     rounds = [
-        (_time(lambda: stage(rows, (size, size))), _time(lambda: _encode_bare(autoencoder, batches)))
+        (
+            _time(lambda: stage(rows, (size, size))),
+            _time(lambda: _encode_bare(autoencoder, batches)),
+        )
         for _ in range(options.rounds)
     ]
     small, large = (_measure_memory(device, size, units) for units in (UNITS, 10 * UNITS))
