@@ -78,9 +78,11 @@ def make_stream(resolved: Resolved, columns: tuple[str, ...]) -> Stream | Joined
 def initialize(system: System, bundle: str) -> None:
     """Give a system's modules the weights that a bundle has for them; others stay as they are.
 
+    A module may have grown: what the bundle does not have of it stays as it is, too.
+
     Raises:
         FileNotFoundError: there is no bundle.
-        ValueError: it has none of the modules, or one of another shape.
+        ValueError: it has none of the modules, parameters that they have not, or other shapes.
     """
     weights = read_weights(bundle)
     known = {name: strip_prefix(weights, f"{name}.") for name in system.modules}
@@ -92,7 +94,8 @@ def initialize(system: System, bundle: str) -> None:
         if found:
             module = system.modules[name]
             source = f"initialize_from {bundle}: {name}"
-            load_strictly(module, _beside_adapters(module, found), source=source)
+            merged = {**module.state_dict(), **_beside_adapters(module, found)}
+            load_strictly(module, merged, source=source)
 
 
 def _beside_adapters(module: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -53,6 +53,8 @@ class Generator:
         self._decoder: KLAutoencoder | None = None
         if any(task.output == "image" for task in self.tasks.values()):
             self._decoder = load_latent_decoder(self.recipe).to(self.device)
+            if loaded.system.use_autoencoder is not None:
+                loaded.system.use_autoencoder(self._decoder)
 
     def find_task(self, name: str | None = None) -> Task:
         """Find a task by its name; without one, the family's first.

@@ -112,6 +112,15 @@ class Rng:
 # ---------------------------------------------------------------- training
 
 
+class LayerGroup(NamedTuple):
+    """Layers that learn at a pace of their own."""
+
+    module: nn.Module
+    lr_scale: float = 1.0
+    gradient_scale: float = 1.0
+    """Factor of the gradient, before it is clipped."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """One optimizer update of a step: which modules learn, from which draws and which loss."""
@@ -121,6 +130,11 @@ class Phase:
     draw: Callable[[Batch, StepRng], Draws]
     loss: Callable[[Batch, Draws], Losses]
     optimizer: OptimizerSettings
+    groups: tuple[LayerGroup, ...] = ()
+    """Parts of the modules, apart from each other, that do not learn at the common pace."""
+    find_idle: Callable[[Draws], tuple[nn.Module, ...]] | None = None
+    """Finds the parts of the modules that a step's loss does not reach, of losses that do not
+    reach all of them at every step; they stay as they are then."""
 
 
 # ---------------------------------------------------------------- sampling
@@ -234,6 +248,9 @@ class System:
     """Blocks that FSDP shards, and that `torch.compile` compiles, one by one."""
     ema_modules: tuple[str, ...] = ()
     tasks: Mapping[str, Task] = field(default_factory=dict)
+    use_autoencoder: Callable[[nn.Module], None] | None = None
+    """Is handed the recipe's autoencoder before the first request, of systems whose tasks begin
+    from pictures."""
 
 
 class FamilyRecipe(Settings):

@@ -92,7 +92,9 @@ class NoiseSchedule:
     def table(self) -> StepTable:
         """Everything of every step."""
         bar, previous, beta = self.alpha_bar, self.alpha_bar_previous, self.betas
-        variance = torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]])
+        second = min(1, len(self) - 1)
+        first = self.posterior_variance[second : second + 1]
+        variance = torch.cat([first, self.posterior_variance[1:]])
         return StepTable(
             alpha=bar.sqrt(),
             sigma=(1 - bar).sqrt(),

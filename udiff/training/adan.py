@@ -26,7 +26,7 @@ class Adan(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         *,
         lr: float,
         betas: tuple[float, float, float] = (0.98, 0.92, 0.99),

@@ -23,7 +23,13 @@ from udiff.system import Batch, Draws, Losses, Phase, Rng, System
 from udiff.training.checkpoint import Checkpoints
 from udiff.training.ema import Ema
 from udiff.training.log import FolderLock, MetricsLog
-from udiff.training.optimizer import clip_gradients, learning_rate, make_optimizer
+from udiff.training.optimizer import (
+    begin_states,
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    scale_gradients,
+)
 from udiff.training.run import Run
 from udiff.training.shard import set_gradient_sync, shard
 
@@ -95,12 +101,18 @@ class _Trainer:
         self._run = run
         self._folder = folder
         self._rng = Rng(settings.seed, run.rank, run.world_size, run.device)
-        self._optimizers = [make_optimizer(self._modules(p), p.optimizer) for p in system.phases]
+        self._optimizers = [self._make_optimizer(phase) for phase in system.phases]
         averaged = {name: system.modules[name] for name in system.ema_modules}
         self._ema = Ema(averaged, ema) if ema else None
         self._checkpoints = Checkpoints(
             folder / "checkpoints", nn.ModuleDict(system.modules), self._optimizers, self._ema
         )
+
+    def _make_optimizer(self, phase: Phase) -> Optimizer:
+        optimizer = make_optimizer(self._modules(phase), phase.optimizer, groups=phase.groups)
+        if phase.find_idle is not None:
+            begin_states(optimizer)
+        return optimizer
 
     def fit(self, batches: Batches) -> Trained:
         settings, rank0 = self._settings, self._run.rank == 0
@@ -132,7 +144,7 @@ class _Trainer:
             losses = self._backward(phase, batch, draws)
             batch |= losses.carry
             if check:
-                self._check_gradients(phase)
+                self._check_gradients(phase, draws)
             norm = self._update(phase, self._optimizers[number], step)
             prefix = f"{phase.name}/" if len(self._system.phases) > 1 else ""
             terms = {**losses.terms, "loss": losses.total, "grad_norm": norm}
@@ -160,21 +172,25 @@ class _Trainer:
 
     def _update(self, phase: Phase, optimizer: Optimizer, step: int) -> Tensor:
         """Apply the gradients; returns their norm."""
+        scale_gradients(optimizer)
         norm = clip_gradients(optimizer, phase.optimizer.clip_norm)
+        rate = learning_rate(phase.optimizer, step, self._settings.num_steps)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(phase.optimizer, step, self._settings.num_steps)
+            group["lr"] = rate * group["lr_scale"]
         optimizer.step()
         for module in self._system.modules.values():
             module.zero_grad(set_to_none=True)
         return norm.detach()
 
-    def _check_gradients(self, phase: Phase) -> None:
+    def _check_gradients(self, phase: Phase, draws: Draws) -> None:
         """Refuse parameters that never learn: a resume would miss their optimizer state."""
+        known = phase.find_idle(draws) if phase.find_idle else ()
+        excused = {id(p) for module in known for p in module.parameters()}
         idle = [
             f"{name}.{key}"
             for name in phase.modules
             for key, p in self._system.modules[name].named_parameters()
-            if p.requires_grad and p.grad is None
+            if p.requires_grad and p.grad is None and id(p) not in excused
         ]
         if idle:
             raise ValueError(
