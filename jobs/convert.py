@@ -53,12 +53,14 @@ def to_bundle(family: str, checkpoint: Path, out: Path, *, config: Path | None =
     save_bundle(out, recipe, sampled, about=about, training=rest)
 
 
-def to_official(bundle: Path, out: Path, *, family: str | None = None) -> None:
+def to_official(
+    bundle: Path, out: Path, *, family: str | None = None, layout: str | None = None
+) -> None:
     """Write a bundle's weights as an official checkpoint; safetensors where `out` ends so.
 
     Raises:
         UserError: the bundle is of another family, or its family has no official checkpoints; the
-            layout holds more than tensors, which safetensors can't.
+            layout holds more than tensors, which safetensors can't, or is none of the family's.
     """
     if not (bundle / RECIPE).is_file():
         raise UserError(f"--checkpoint {bundle} is not a bundle: it has no {RECIPE}")
@@ -73,7 +75,7 @@ def to_official(bundle: Path, out: Path, *, family: str | None = None) -> None:
     if not out.suffix:
         _write_folder(recipe, weights, bundle, staged=staged, out=out)
         return
-    official = _find_converter(recipe.family).convert_out(recipe, weights)
+    official = _official(recipe, weights, layout)
     _save(official, staged, is_safetensors=out.suffix == ".safetensors")
     staged.replace(out)
 
@@ -88,6 +90,18 @@ def _write_folder(
     recipe = resolve_encoders(recipe, bundle)
     _find_folders(recipe.family).write_folder(recipe, weights, staged)
     staged.rename(out)
+
+
+def _official(
+    recipe: FamilyRecipe, weights: Mapping[str, Tensor], layout: str | None
+) -> Mapping[str, Any]:
+    converter = _find_converter(recipe.family)
+    layouts = getattr(converter, "LAYOUTS", ())
+    if layout is not None and layout not in layouts:
+        known = ", ".join(layouts) or "one only: leave it out"
+        raise UserError(f"--layout of family {recipe.family}: {known}; got {layout}")
+    named = {} if layout is None else {"layout": layout}
+    return converter.convert_out(recipe, weights, **named)
 
 
 def _save(official: Mapping[str, Any], path: Path, *, is_safetensors: bool) -> None:
@@ -143,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     if options.to_official:
-        to_official(options.checkpoint, options.out, family=options.family)
+        to_official(options.checkpoint, options.out, family=options.family, layout=options.layout)
     elif options.family is None:
         raise UserError("--family is needed: it says whose checkpoint this is")
     else:
@@ -167,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--config", type=Path, help="official YAML; without it, what the weights tell is used")
     add("--out", type=Path, required=True, help="folder of the bundle, or official file to write")
+    add("--layout", help="of the official file, of families that have several")
     add("--to-official", action="store_true", help="from a bundle to the official layout")
     return parser
 
