@@ -103,6 +103,7 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add("pictures", "folder that the paths in a JSON list are relative to, if not its own")
     add("output", "folder or bucket URI of the cache")
     add("size", "side of the square in pixels", type=int)
+    add("buckets", "HEIGHTxWIDTH of several sizes, in place of --size", nargs="*")
     add("fit", "crop scales and cuts, pad puts black around", choices=["crop", "pad"])
     add("captions", "whether a picture needs one", choices=["required", "optional"])
     parser.add_argument(

@@ -128,6 +128,7 @@ class DropChain:
         self._write = WriteUnit(
             output,
             schema=pictures.schema(),
+            buckets=plan.buckets,
             plan=plan.fingerprint,
             row_group_size=settings.row_group_size,
         )
@@ -172,6 +173,7 @@ def plan_dedup(settings: DedupSettings) -> tuple[Plan, Plan]:
         options={"row_group_size": settings.row_group_size},
         inputs=inputs,
         shapes=pictures.manifest.shapes,
+        buckets=pictures.manifest.buckets,
         class_names=pictures.manifest.class_names,
     )
     start_plan(output, left)

@@ -42,9 +42,13 @@ class Encoders:
     identity: Identity
     """Per column, what makes it."""
 
-    def shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Find the shapes of all columns by encoding a black picture and an empty text."""
-        shapes = self._image().shapes(height, width)
+    def picture_shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Find the shapes of what is made of pictures of a size, by encoding a black one."""
+        return self._image().shapes(height, width)
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Find the shapes of what is made of texts, by encoding an empty one."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for column, text in zip(self.settings.texts, self.texts, strict=True):
             if column.store != "states":
                 shapes[f"{column.name}_tokens"] = (column.max_tokens,)

@@ -4,31 +4,18 @@ read -> encode -> write, all in the actor that has the unit; a unit is one file 
 columns of the pictures are carried along but the picture itself.
 """
 
-import hashlib
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.latents_settings import LatentsSettings
-from pipelines.rows import Row
+from pipelines.picture_files import PictureFiles, open_pictures
 from pipelines.schedule import PrepareReport, Workers, run_units
 from pipelines.shards import Unit
 from pipelines.stages.write import WriteUnit
-from udiff.data.manifest import (
-    MANIFEST,
-    PLAN,
-    Identity,
-    Manifest,
-    Plan,
-    UnitEntry,
-    identity_difference,
-    read_manifest,
-    start_plan,
-)
-from udiff.data.storage import Folder, open_folder
+from udiff.data.manifest import Identity, Plan, UnitEntry, identity_difference, start_plan
+from udiff.data.storage import open_folder
 
 if TYPE_CHECKING:
     from pipelines.encoders import Encoders
@@ -42,37 +29,23 @@ class LatentsChain:
 
         torch.set_num_threads(settings.threads)
         torch.backends.cudnn.deterministic = True
-        self._pictures = open_folder(settings.input)
-        manifest = read_manifest(self._pictures)
-        self._size = _size(manifest)
+        self._pictures = open_pictures(settings.input)
         self._encode = _load_encoders(settings, settings.device)
         _check_identity(self._encode, plan)
+        shapes = {**plan.shapes, **next(iter(plan.buckets.values()), {})}
         self._write = WriteUnit(
             open_folder(settings.output),
-            schema=pa.schema([*_carried(settings, manifest), *self._encode.fields(plan.shapes)]),
+            schema=pa.schema([*_carried(settings, self._pictures), *self._encode.fields(shapes)]),
             texts=self._encode.text_columns(plan.shapes),
+            buckets=plan.buckets,
             plan=plan.fingerprint,
             row_group_size=settings.row_group_size,
         )
 
     def __call__(self, unit: Unit) -> UnitEntry:
         """Carry a unit from its file to its commit."""
-        return self._write(unit, self._encode(read_pictures(self._pictures, unit), self._size))
-
-
-def read_pictures(pictures: Folder, unit: Unit) -> list[Row]:
-    """Read a file of a pictures cache.
-
-    Raises:
-        ValueError: the file is damaged, or has not the rows that the manifest says.
-    """
-    with pictures.open(unit.source) as file:
-        rows = pq.read_table(file).to_pylist()
-    if len(rows) != unit.num_samples:
-        raise ValueError(
-            f"{pictures}/{unit.source} holds {len(rows)} rows, the manifest says {unit.num_samples}"
-        )
-    return rows
+        size = self._pictures.size(self._pictures.bucket(unit))
+        return self._write(unit, self._encode(self._pictures.read(unit), size))
 
 
 def plan_latents(settings: LatentsSettings) -> Plan:
@@ -82,13 +55,10 @@ def plan_latents(settings: LatentsSettings) -> Plan:
         FileNotFoundError: there is no finished pictures cache at `input`, or no such encoder.
         ValueError: `input` holds no pictures, or there is another cache at `output`.
     """
-    pictures = open_folder(settings.input)
-    manifest = read_manifest(pictures)
-    if manifest.kind != "pictures":
-        raise ValueError(f"{pictures} is a cache of {manifest.kind}: latents come from pictures")
-    _check_sources(settings, manifest)
+    pictures = open_pictures(settings.input)
+    _check_columns(settings, pictures)
     encoders = _load_encoders(settings, "cpu")
-    plan = _plan(settings, manifest, encoders)
+    plan = _plan(settings, pictures, encoders)
     start_plan(open_folder(settings.output), plan)
     return plan
 
@@ -100,11 +70,9 @@ def make_latents(settings: LatentsSettings, plan: Plan) -> PrepareReport:
         ValueError: too many workers, or nothing that could be cached.
         FailedUnitsError: some units could not be made.
     """
-    manifest = read_manifest(settings.input)
-    units = [Unit(Path(file.path).stem, file.path, file.rows) for file in manifest.files]
     return run_units(
         partial(LatentsChain, settings.absolute(), plan),
-        units,
+        open_pictures(settings.input).units(),
         folder=open_folder(settings.output),
         plan=plan,
         workers=Workers(settings.workers, cpus=settings.threads, gpus=settings.gpus),
@@ -123,35 +91,32 @@ def _check_identity(encoders: "Encoders", plan: Plan) -> None:
         raise ValueError(f"the encoders are others on this machine: {'; '.join(differences)}")
 
 
-def _check_sources(settings: LatentsSettings, manifest: Manifest) -> None:
-    names = _read_schema(open_folder(settings.input), manifest).names
+def _check_columns(settings: LatentsSettings, pictures: PictureFiles) -> None:
+    names = pictures.schema().names
+    for column in (*settings.texts, *settings.features):
+        if column.name in names:
+            raise ValueError(f"{settings.input} has a column {column.name} already: choose a name")
     for text in settings.texts:
-        if text.source not in names:
+        if text.column not in names:
             raise ValueError(
                 f"texts.{text.name}.source {text.source!r} is no column of {settings.input}, "
                 f"which has {', '.join(names)}"
             )
 
 
-def _size(manifest: Manifest) -> tuple[int, int]:
-    height, width, _ = manifest.shapes["image"]
-    return height, width
+def _carried(settings: LatentsSettings, pictures: PictureFiles) -> list[pa.Field]:
+    return [field for field in pictures.schema() if settings.keep_image or field.name != "image"]
 
 
-def _carried(settings: LatentsSettings, manifest: Manifest) -> list[pa.Field]:
-    schema = _read_schema(open_folder(settings.input), manifest)
-    return [field for field in schema if settings.keep_image or field.name != "image"]
+def _plan(settings: LatentsSettings, pictures: PictureFiles, encoders: "Encoders") -> Plan:
+    manifest, kept = pictures.manifest, ("image",) if settings.keep_image else ()
 
+    def shapes(bucket: str) -> dict[str, tuple[int, ...]]:
+        known = manifest.buckets.get(bucket, manifest.shapes)
+        carried = {name: known[name] for name in kept}
+        return encoders.picture_shapes(*pictures.size(bucket)) | carried
 
-def _read_schema(pictures: Folder, manifest: Manifest) -> pa.Schema:
-    with pictures.open(manifest.files[0].path) as file:
-        return pq.read_schema(file)
-
-
-def _plan(settings: LatentsSettings, manifest: Manifest, encoders: "Encoders") -> Plan:
-    pictures = open_folder(settings.input)
-    content = hashlib.sha256(pictures.read(MANIFEST) + pictures.read(PLAN)).hexdigest()
-    image = {"image": manifest.shapes["image"]} if settings.keep_image else {}
+    buckets = {bucket: shapes(bucket) for bucket in manifest.buckets}
     return Plan(
         kind="latents",
         identity={**manifest.identity, **encoders.identity},
@@ -161,7 +126,8 @@ def _plan(settings: LatentsSettings, manifest: Manifest, encoders: "Encoders") -
             "threads": settings.threads,
             "device": settings.device,
         },
-        inputs={"pictures": content},
-        shapes=encoders.shapes(*_size(manifest)) | image,
+        inputs={"pictures": pictures.fingerprint()},
+        shapes=encoders.text_shapes() | ({} if buckets else shapes("")),
+        buckets=buckets,
         class_names=manifest.class_names,
     )

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from pipelines.rows import Row
 from udiff.data.packing import PackedDtype
 from udiff.settings import Settings
 
@@ -32,8 +33,9 @@ class TextSettings(ColumnSettings):
     encoder: Literal["t5"]
     max_tokens: PositiveInt
     """Longest text; a longer one is cut. Encoders that look at padding see as much of it."""
-    source: str = "caption"
-    """Column of the pictures cache that holds the texts."""
+    source: str = Field(default="caption", pattern=r"^\w+(\.\d+)?$")
+    """Column of the pictures cache that holds the texts; of a column of lists, such as the captions
+    that a model wrote, `recaption.0` is the first, and the list begins anew behind its end."""
     store: Literal["states", "tokens", "both"] = "states"
     trim: bool = True
     """Leave the states out that belong to padding."""
@@ -42,12 +44,26 @@ class TextSettings(ColumnSettings):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the network."""
 
+    @property
+    def column(self) -> str:
+        """Column that is read."""
+        return self.source.partition(".")[0]
+
 
 class FeatureSettings(ColumnSettings):
     """Tokens that a vision encoder makes of the picture."""
 
     name: str = Field(default="dino_feature", pattern=_NAME)
     encoder: Literal["dinov2"] = "dinov2"
+
+
+def read_text(row: Row, source: str) -> str:
+    """Read the text that a source names; "" where its list is empty."""
+    column, _, number = source.partition(".")
+    found = row[column]
+    if isinstance(found, str):
+        return found
+    return found[int(number or 0) % len(found)] if found else ""
 
 
 def absolute_path(path: str) -> str:

@@ -30,7 +30,7 @@ class PictureFiles:
             return pq.read_schema(file)
 
     def read(self, unit: Unit) -> list[Row]:
-        """Read a file.
+        """Read a file; in a cache of several sizes, rows say which bucket they are of.
 
         Raises:
             ValueError: the file is damaged, or has not the rows that the manifest says.
@@ -42,7 +42,18 @@ class PictureFiles:
                 f"{self.folder}/{unit.source} holds {len(rows)} rows, the manifest says "
                 f"{unit.num_samples}"
             )
-        return rows
+        bucket = self.bucket(unit)
+        return [{**row, "bucket": bucket} for row in rows] if bucket else rows
+
+    def bucket(self, unit: Unit) -> str:
+        """Name the bucket of a file's pictures; "" where all pictures are of one size."""
+        return next(file.bucket for file in self.manifest.files if file.path == unit.source)
+
+    def size(self, bucket: str) -> tuple[int, int]:
+        """Give height and width of the pictures of a bucket."""
+        shapes = self.manifest.buckets.get(bucket, self.manifest.shapes)
+        height, width, _ = shapes["image"]
+        return height, width
 
     def fingerprint(self) -> str:
         """Tell the cache from another."""

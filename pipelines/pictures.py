@@ -1,4 +1,4 @@
-"""Chain: web shards -> a cache of square pictures.
+"""Chain: web shards -> a cache of square pictures, or of rectangles of a few sizes.
 
 read -> metadata -> label -> language -> header -> size -> decode -> crop -> score -> PNG -> write,
 all in the actor that has the unit.
@@ -9,13 +9,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import ImageColor
-from pydantic import Field, JsonValue, PositiveInt, field_validator
+from pydantic import Field, JsonValue, PositiveInt, field_validator, model_validator
 
-from pipelines.rows import Rows, carry
+from pipelines.rows import Rows, Stage, carry
 from pipelines.schedule import PrepareReport, Workers, run_tasks, run_units
 from pipelines.shards import Unit
 from pipelines.source import Kind, Source, open_source
-from pipelines.stages.crop import Fit, crop
+from pipelines.stages.crop import Bucket, Fit, crop, crop_to_bucket
 from pipelines.stages.decode import decode, identify
 from pipelines.stages.filter import (
     Filters,
@@ -46,8 +46,11 @@ class PicturesSettings(Settings):
     pictures: str = ""
     """Folder that the paths in a list are relative to, if not the list's own."""
     output: str
-    size: PositiveInt
+    size: PositiveInt | None = None
     """Side of the square in pixels."""
+    buckets: tuple[Bucket, ...] = ()
+    """Heights and widths, in place of `size`: a picture goes to the one whose aspect ratio is
+    nearest, and each has its own files."""
     fit: Fit = "crop"
     """`crop` scales the shorter side to `size` and cuts; `pad` puts black around, unscaled."""
     captions: Literal["required", "optional"] = "required"
@@ -69,6 +72,29 @@ class PicturesSettings(Settings):
     workers: PositiveInt | None = None
     """Processes; as many as the cluster has room for where it is left open."""
 
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _read_buckets(cls, buckets: Any) -> Any:
+        """Read `512x384` as a height and a width."""
+        if not isinstance(buckets, list | tuple):
+            return buckets
+        return [b.split("x") if isinstance(b, str) else b for b in buckets]
+
+    @model_validator(mode="after")
+    def _check_size(self) -> "PicturesSettings":
+        if (self.size is None) == (not self.buckets):
+            raise ValueError("give either size or buckets")
+        if len(set(self.buckets)) < len(self.buckets) or any(min(b) < 1 for b in self.buckets):
+            raise ValueError(f"buckets must be different and above 0, got {self.buckets}")
+        if self.buckets and self.fit != "crop":
+            raise ValueError(f"fit must be crop where there are buckets, got {self.fit}")
+        return self
+
+    @property
+    def sizes(self) -> tuple[Bucket, ...]:
+        """All sizes that pictures are brought to."""
+        return self.buckets or (Bucket(self.size or 0, self.size or 0),)
+
     @field_validator("background")
     @classmethod
     def _check_background(cls, color: str) -> str:
@@ -82,7 +108,10 @@ class PicturesChain:
     def __init__(
         self, settings: PicturesSettings, source: Source, write: WriteUnit, *, made_by: JsonValue
     ) -> None:
-        filters, draft = settings.filters, 2 * settings.size if settings.jpeg == "draft" else None
+        filters, draft = (
+            settings.filters,
+            2 * max(map(max, settings.sizes)) if settings.jpeg == "draft" else None,
+        )
         num_classes = len(settings.class_names or source.class_names) or None
         self._source = source
         self._stages = (
@@ -94,7 +123,7 @@ class PicturesChain:
             partial(identify, max_pixels=settings.max_pixels),
             partial(check_size, min_side=filters.min_side, max_aspect=filters.max_aspect),
             partial(decode, background=settings.background, draft_side=draft),
-            partial(crop, size=settings.size, fit=settings.fit),
+            _crop(settings),
         )
         self._batch_size = settings.score.score_batch_size
         self._score, found = load_score(settings)
@@ -150,7 +179,8 @@ def make_pictures(settings: PicturesSettings, plan: Plan) -> PrepareReport:
     cuts = run_tasks(_cut, arguments)
     write = WriteUnit(
         output,
-        schema=pictures_schema(settings.size, scores=settings.score.columns()),
+        schema=pictures_schema(settings.sizes[0], scores=settings.score.columns()),
+        buckets=plan.buckets,
         plan=plan.fingerprint,
         row_group_size=settings.row_group_size,
     )
@@ -165,6 +195,12 @@ def make_pictures(settings: PicturesSettings, plan: Plan) -> PrepareReport:
     )
 
 
+def _crop(settings: PicturesSettings) -> Stage:
+    if settings.size is None:
+        return partial(crop_to_bucket, buckets=settings.buckets)
+    return partial(crop, size=settings.size, fit=settings.fit)
+
+
 def _open(settings: PicturesSettings) -> Source:
     return open_source(settings.input, settings.source, pictures=settings.pictures)
 
@@ -174,7 +210,7 @@ def _cut(source: Source, *arguments: Any) -> list[Unit]:
 
 
 def _plan(settings: PicturesSettings, source: Source) -> Plan:
-    decided_by = ("size", "fit", "background", "jpeg", "max_pixels", "captions")
+    decided_by = ("size", "buckets", "fit", "background", "jpeg", "max_pixels", "captions")
     image = settings.model_dump(mode="json", include={*decided_by, "filters", "score"})
     scores = image.pop("score")
     if settings.score.clip is not None:
@@ -185,6 +221,7 @@ def _plan(settings: PicturesSettings, source: Source) -> Plan:
         identity={"image": image},
         options={"unit_rows": settings.unit_rows, "row_group_size": settings.row_group_size},
         inputs={**source.fingerprints()},
-        shapes={"image": (settings.size, settings.size, 3)},
+        shapes={} if settings.buckets else {"image": (*settings.sizes[0], 3)},
+        buckets={bucket.name: {"image": (*bucket, 3)} for bucket in settings.buckets},
         class_names=settings.class_names or source.class_names,
     )

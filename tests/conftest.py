@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 from tests.bucket import bucket_server
@@ -13,6 +14,10 @@ from tests.bucket import bucket_server
 for package in ("udiff.nn", "udiff.diffusion", "udiff.samplers", "udiff.autoencoders"):
     install_import_hook(package, "beartype.beartype")
 install_import_hook("udiff.models", "beartype.beartype")
+
+# How long an example takes is a matter of what else the machine does.
+settings.register_profile("udiff", deadline=None)
+settings.load_profile("udiff")
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # A Ray of our own: never one that somebody has left running on this machine.

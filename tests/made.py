@@ -102,7 +102,7 @@ def write_pictures(
         class_names=("made",),
     )
     start_plan(folder, plan)
-    schema = pictures_schema(size)
+    schema = pictures_schema((size, size))
     write = WriteUnit(folder, schema=schema, plan=plan.fingerprint, row_group_size=64)
     names = []
     for start in range(0, len(pictures), rows_per_file):

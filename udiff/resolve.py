@@ -101,10 +101,11 @@ def _statistics(
 
 
 def _check_latent_shape(recipe: FamilyRecipe, manifest: Manifest, cache: Folder) -> None:
-    latent = recipe.model_dump().get("latent")
-    found = manifest.shapes["latent_mean"]
-    if latent and found != (latent["channels"], latent["height"], latent["width"]):
-        raise ValueError(
-            f"data.cache {cache} holds latents of shape {found}, the recipe's latent is "
-            f"{latent['channels']} x {latent['height']} x {latent['width']}"
-        )
+    latent = recipe.model_dump().get("latent") or {}
+    wanted = [latent.get(key) for key in ("channels", "height", "width")]
+    for found in manifest.all_shapes("latent_mean") | manifest.all_shapes("latent"):
+        if any(size not in (None, other) for size, other in zip(wanted, found, strict=True)):
+            raise ValueError(
+                f"data.cache {cache} holds latents of shape {found}, the recipe's latent is "
+                f"{' x '.join('any' if size is None else str(size) for size in wanted)}"
+            )

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.latents_settings import TextSettings
+from pipelines.latents_settings import TextSettings, read_text
 from pipelines.rows import Row, Rows
 from pipelines.stages.encode_image import check_finite, to_stored
 from udiff.encoders.text import TextEncoder
@@ -16,7 +16,7 @@ from udiff.encoders.text import TextEncoder
 class EncodeText:
     """Encode each distinct text of a unit once, in the order of their first use.
 
-    Reads: the column of the texts (str).
+    Reads: the column of the texts (str, or list of str).
     Writes: `<name>`, float (tokens, width), without what belongs to padding, and `<name>_tokens`,
     int32 (max_tokens,), whichever is stored; the same arrays for equal texts.
     Refuses: texts whose states the stored type cannot hold.
@@ -39,11 +39,11 @@ class EncodeText:
     def __call__(self, rows: Rows) -> Rows:
         """Encode the texts of the rows kept."""
         source = self._settings.source
-        texts = list(dict.fromkeys(row[source] for row in rows.kept))
-        columns = dict(self._columns(texts))
+        texts = [read_text(row, source) for row in rows.kept]
+        columns = dict(self._columns(list(dict.fromkeys(texts))))
         encoded = Rows(rejected=rows.rejected)
-        for row in rows.kept:
-            values = columns[row[source]]
+        for row, text in zip(rows.kept, texts, strict=True):
+            values = columns[text]
             encoded.add({**row, **values}, partial(check_finite, names=tuple(values)))
         return encoded
 

@@ -1,13 +1,14 @@
 """Stage: the rows of a unit -> its files and, last, its entry, which commits it."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.latents_settings import read_text
 from pipelines.rows import Row, Rows
 from pipelines.shards import Unit
 from udiff.data.manifest import (
@@ -26,6 +27,7 @@ from udiff.data.schema import (
     REJECTED_SCHEMA,
     field_dtype,
     field_shape,
+    reshaped_field,
     row_column,
     tensor_column,
     texts_schema,
@@ -54,14 +56,17 @@ class TextColumn:
     field: pa.Field
     """Of the texts file; its name is the column's."""
     source: str
-    """Column of the text itself."""
+    """Where the text itself is, as `read_text` finds it."""
 
 
 class WriteUnit:
     """Write a unit: encoded texts, rows, rejected rows, and then the entry.
 
-    Reads: the columns of the schema; of each text column its source and the tokens of the text,
-    float (tokens, width), the same of equal texts.
+    In a cache of several sizes each bucket has a file of its own, `<unit>.<bucket>.parquet`, whose
+    columns have the bucket's shapes.
+
+    Reads: the columns of the schema; bucket (str) where there are some; of each text column its
+    source and the tokens of the text, float (tokens, width), the same of equal texts.
     """
 
     def __init__(
@@ -72,9 +77,13 @@ class WriteUnit:
         plan: str,
         row_group_size: int,
         texts: Sequence[TextColumn] = (),
+        buckets: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None,
     ) -> None:
         self._folder = folder
-        self._schema = schema
+        self._schemas = {
+            name: pa.schema(_in_bucket(field, shapes) for field in schema)
+            for name, shapes in (buckets or {"": {}}).items()
+        }
         self._texts = texts
         self._plan = plan
         self._row_group_size = row_group_size
@@ -90,7 +99,11 @@ class WriteUnit:
                 f"unit {unit.name} has {unit.num_samples} samples, but {len(rows.kept)} are kept "
                 f"and {len(rows.rejected)} rejected"
             )
-        files = (self._write_kept(unit, rows.kept),) if rows.kept else ()
+        files = [
+            self._write_kept(unit, bucket, kept)
+            for bucket in self._schemas
+            if (kept := [row for row in rows.kept if row.get("bucket", "") == bucket])
+        ]
         if rows.rejected:
             columns = [row.columns() for row in rows.rejected]
             table = pa.Table.from_pylist(columns, schema=REJECTED_SCHEMA)
@@ -99,22 +112,21 @@ class WriteUnit:
             unit=unit.name,
             plan=self._plan,
             images_in=unit.num_samples,
-            files=files,
+            files=tuple(files),
             rejected=rows.rejected_counts(),
             latent_sums=_sums(rows.kept),
         )
         write_entry(self._folder, entry)
         return entry
 
-    def _write_kept(self, unit: Unit, rows: Sequence[Row]) -> CacheFile:
-        texts = None
+    def _write_kept(self, unit: Unit, bucket: str, rows: Sequence[Row]) -> CacheFile:
+        name, schema, texts = f"{unit.name}.{bucket}".rstrip("."), self._schemas[bucket], None
         if self._texts:
             rows, table = gather_texts(rows, self._texts)
-            texts = self._write(TEXTS, unit.name, table)
-        columns = [_column(field, rows) for field in self._schema]
-        table = pa.Table.from_arrays(columns, schema=self._schema)
-        file = self._write(DATA, unit.name, table)
-        return CacheFile(**file.model_dump(), texts=texts)
+            texts = self._write(TEXTS, name, table)
+        table = pa.Table.from_arrays([_column(field, rows) for field in schema], schema=schema)
+        file = self._write(DATA, name, table)
+        return CacheFile(**file.model_dump(), bucket=bucket, texts=texts)
 
     def _write(self, folder: str, name: str, table: pa.Table) -> ParquetFile:
         (self._folder / folder).write(f"{name}.parquet", self._parquet(table))
@@ -146,7 +158,7 @@ def gather_texts(rows: Sequence[Row], columns: Sequence[TextColumn]) -> tuple[li
     for row in rows:
         places = {}
         for column, cells in zip(columns, packed, strict=True):
-            place = number.setdefault(row[column.source], len(number))
+            place = number.setdefault(read_text(row, column.source), len(number))
             if place not in cells:
                 tokens = row[column.field.name]
                 cells[place] = pack(tokens, field_dtype(column.field)).tobytes()
@@ -162,6 +174,11 @@ def _column(field: pa.Field, rows: Sequence[Row]) -> pa.Array:
     if shape := _tensor_shape(field):
         return tensor_column(field, np.stack(values).reshape(len(rows), *shape))
     return pa.array(values, field.type)
+
+
+def _in_bucket(field: pa.Field, shapes: Mapping[str, tuple[int, ...]]) -> pa.Field:
+    shape = shapes.get(field.name)
+    return field if shape is None else reshaped_field(field, shape)
 
 
 def _tensor_shape(field: pa.Field) -> tuple[int, ...]:

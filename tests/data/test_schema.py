@@ -44,13 +44,13 @@ def test_pictures_are_decoded_to_arrays():
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     png = io.BytesIO()
     Image.fromarray(image).save(png, "PNG")
-    field = pictures_schema(8).field("image")
+    field = pictures_schema((8, 8)).field("image")
     values = column_values(pa.array([png.getvalue()], pa.binary()), field)
     np.testing.assert_array_equal(values, image[None])
 
 
 def test_labels_become_integers_and_captions_a_list():
-    schema = pictures_schema(8)
+    schema = pictures_schema((8, 8))
     labels = column_values(pa.array([3, NO_LABEL]), schema.field("label"))
     assert labels.dtype == np.int64
     assert column_values(pa.array(["a", "b"]), schema.field("caption")) == ["a", "b"]
@@ -58,7 +58,7 @@ def test_labels_become_integers_and_captions_a_list():
 
 def test_no_column_takes_nulls():
     tensors = [tensor_field("latent_mean", (4, 2, 2)), tensor_field("dino_feature", (9, 2), "int8")]
-    fields = [*pictures_schema(8), *tensors, *text_fields("t5", (5, 8), "float16")]
+    fields = [*pictures_schema((8, 8)), *tensors, *text_fields("t5", (5, 8), "float16")]
     assert not any(field.nullable for field in fields)
 
 

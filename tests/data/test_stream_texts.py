@@ -92,14 +92,14 @@ def test_a_text_is_stored_once_in_its_unit(cache):
     for file in read_manifest(cache).files:
         with cache.open(file.texts.path) as stored:
             table = pq.read_table(stored)
-        assert sorted(table["text"].to_pylist()) == sorted(CAPTIONS)
+        assert sorted(table["raw_text"].to_pylist()) == sorted(CAPTIONS)
         assert file.texts.rows == len(CAPTIONS) == sum(file.texts.row_groups)
 
 
 def test_a_text_that_a_column_does_not_encode_takes_no_room(cache):
     with cache.open(read_manifest(cache).files[0].texts.path) as stored:
         table = pq.read_table(stored)
-    for text, tokens in zip(*(table[n].to_pylist() for n in ("text", "t5_recaption")), strict=True):
+    for text, tokens in zip(*(table[n].to_pylist() for n in ("raw_text", "t5_recaption")), strict=True):
         assert bool(tokens) == (text in CAPTIONS[:3])
 
 

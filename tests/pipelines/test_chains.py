@@ -36,7 +36,7 @@ def _png(seed):
 def _make_pictures(settings):
     source, output = open_source(settings.input), open_folder(settings.output)
     plan = plan_pictures(settings)
-    schema = pictures_schema(settings.size, scores=settings.score.columns())
+    schema = pictures_schema(settings.sizes[0], scores=settings.score.columns())
     write = WriteUnit(output, schema=schema, plan=plan.fingerprint, row_group_size=4)
     made_by = plan.identity["image"].get("scored_by")
     chain = PicturesChain(settings, source, write, made_by=made_by)
@@ -223,5 +223,5 @@ def test_latents_of_another_autoencoder_are_not_continued(pictures, autoencoder,
 def test_latents_are_not_made_from_latents(pictures, autoencoder, tmp_path):
     manifest = {**read_manifest(pictures).model_dump(), "kind": "latents"}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="latents come from pictures"):
+    with pytest.raises(ValueError, match="pictures are wanted"):
         _latents_chain(tmp_path, autoencoder, tmp_path / "more")

@@ -1,7 +1,5 @@
 """Every column that a latents cache can have, made of real pictures by small real encoders."""
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -9,14 +7,14 @@ import torch
 from timm.models import VisionTransformer
 
 from pipelines.encoders import Encoders, feature_columns
-from pipelines.latents import LatentsChain, plan_latents, read_pictures
+from pipelines.latents import LatentsChain, plan_latents
 from pipelines.latents_settings import FeatureSettings, LatentsSettings
-from pipelines.shards import Unit
+from pipelines.picture_files import open_pictures
 from pipelines.stages.encode_image import EncodeImage
 from tests.made import draw_pictures, save_autoencoder, save_t5, write_pictures
 from udiff.autoencoders.pixels import to_pixels
 from udiff.bundle import load_autoencoder
-from udiff.data.manifest import finish, read_manifest
+from udiff.data.manifest import finish
 from udiff.data.schema import column_values
 from udiff.data.storage import open_folder
 from udiff.data.stream import Stream
@@ -55,8 +53,7 @@ def _settings(made, output, **changes):
 def _make(settings):
     plan = plan_latents(settings)
     chain = LatentsChain(settings, plan)
-    files = read_manifest(settings.input).files
-    units = [Unit(Path(file.path).stem, file.path, file.rows) for file in files]
+    units = open_pictures(settings.input).units()
     for unit in units:
         chain(unit)
     return finish(open_folder(settings.output), plan, [unit.name for unit in units])
@@ -150,8 +147,8 @@ def test_features_stand_beside_latents_in_one_pass(made):
     columns = feature_columns(feature, encoder)
     encode = EncodeImage([columns], device="cpu", batch_size=4, precision="fp32")
     assert encode.shapes(32, 32) == {"dino_feature": (4, 24)}
-    unit = Unit("a", read_manifest(made / "pictures").files[0].path, 8)
-    rows = encode(read_pictures(open_folder(made / "pictures"), unit), (32, 32))
+    pictures = open_pictures(str(made / "pictures"))
+    rows = encode(pictures.read(pictures.units()[0]), (32, 32))
     images = torch.from_numpy(draw_pictures(ROWS, 32)[:8]).permute(0, 3, 1, 2) / 255
     found = np.stack([row["dino_feature"] for row in rows.kept])
     np.testing.assert_allclose(found, encoder(images), atol=1e-4)

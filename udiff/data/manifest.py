@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from udiff.data.storage import Folder, open_folder
 from udiff.settings import Settings
@@ -48,6 +48,8 @@ class ParquetFile(Settings):
 class CacheFile(ParquetFile):
     """A file of rows, and the encoded texts that its rows refer to."""
 
+    bucket: str = ""
+    """Of which its pictures are, in a cache of several sizes."""
     texts: ParquetFile | None = None
     """Where it has columns of encoded texts."""
 
@@ -93,6 +95,9 @@ class Plan(Settings):
     inputs: dict[str, JsonValue]
     """Per shard or file read, what tells its content from another's."""
     shapes: dict[str, tuple[int, ...]]
+    buckets: dict[str, dict[str, tuple[int, ...]]] = Field(default_factory=dict)
+    """Per bucket, the shapes of the columns that have another in each; a cache without buckets has
+    one shape of each column."""
     class_names: tuple[str, ...] = ()
 
     @property
@@ -110,6 +115,8 @@ class Manifest(Settings):
     files: tuple[CacheFile, ...]
     shapes: dict[str, tuple[int, ...]]
     """Of one row of each tensor or picture column; of encoded texts, that of the longest."""
+    buckets: dict[str, dict[str, tuple[int, ...]]] = Field(default_factory=dict)
+    """Per bucket, the shapes of the columns that have another in each."""
     images_in: int
     rejected: dict[str, int]
     """Rows left out, per `stage/reason`."""
@@ -120,6 +127,11 @@ class Manifest(Settings):
     def num_rows(self) -> int:
         """Rows in all files."""
         return sum(file.rows for file in self.files)
+
+    def all_shapes(self, column: str) -> set[tuple[int, ...]]:
+        """Collect the shapes that a column has in any bucket; none where it is not there."""
+        found = (shapes.get(column) for shapes in (self.shapes, *self.buckets.values()))
+        return {shape for shape in found if shape is not None}
 
 
 def to_json(record: Settings) -> bytes:
@@ -253,6 +265,7 @@ def finish(folder: Folder, plan: Plan, units: Sequence[str]) -> Manifest:
         identity=plan.identity,
         files=tuple(file for entry in entries for file in entry.files),
         shapes=plan.shapes,
+        buckets=plan.buckets,
         images_in=sum(entry.images_in for entry in entries),
         rejected=dict(sorted(rejected.items())),
         class_names=plan.class_names,

@@ -57,10 +57,13 @@ REJECTED_SCHEMA = pa.schema(
 """Columns of the rows that are in no cache, and why."""
 
 
-def pictures_schema(size: int, *, scores: Sequence[str] = ()) -> pa.Schema:
-    """Describe a cache of square pictures: `image` holds PNG bytes, uint8 RGB once decoded."""
+def pictures_schema(size: tuple[int, int], *, scores: Sequence[str] = ()) -> pa.Schema:
+    """Describe a cache of pictures of a height and width.
+
+    `image` holds PNG bytes, uint8 RGB once decoded.
+    """
     scored = [pa.field(name, pa.float32(), nullable=False) for name in scores]
-    return pa.schema([*SAMPLE, *scored, image_field((size, size, 3))])
+    return pa.schema([*SAMPLE, *scored, image_field((*size, 3))])
 
 
 def recaption_field() -> pa.Field:
@@ -97,6 +100,18 @@ def tensor_column(field: pa.Field, values: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, type=field.type)
 
 
+def reshaped_field(field: pa.Field, shape: Sequence[int]) -> pa.Field:
+    """Describe the same column of pictures or tensors, of another shape."""
+    if pa.types.is_fixed_size_list(field.type):
+        kind = pa.list_(field.type.value_field, math.prod(shape))
+    elif pa.types.is_fixed_size_binary(field.type):
+        kind = pa.binary(shape[0] * slice_bytes(shape[1:], field_dtype(field)))
+    else:
+        kind = field.type
+    changed = {b"shape": json.dumps(list(shape)).encode()}
+    return field.with_type(kind).with_metadata({**field.metadata, **changed})
+
+
 def text_fields(name: str, shape: Sequence[int], dtype: PackedDtype) -> tuple[pa.Field, pa.Field]:
     """Describe an encoded text: its row in the data file, its tokens in the texts file.
 
@@ -118,7 +133,7 @@ def row_column(name: str) -> str:
 
 def texts_schema(fields: Sequence[pa.Field]) -> pa.Schema:
     """Describe a texts file; a text that a column does not encode has no bytes there."""
-    return pa.schema([pa.field("text", pa.string(), nullable=False), *fields])
+    return pa.schema([pa.field("raw_text", pa.string(), nullable=False), *fields])
 
 
 def field_shape(field: pa.Field) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from udiff.data.manifest import Manifest
-from udiff.data.order import SampleOrder
+from udiff.data.order import BatchPlan, SampleOrder
 from udiff.data.schema import row_column
 from udiff.data.storage import Folder
 from udiff.data.window import Columns, RowGroup, WindowReader
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Stream:
-    """A cache as batches of tensors, in the order of `SampleOrder`.
+    """A cache as batches of tensors, in the order of `BatchPlan` and `SampleOrder`.
 
     A column of encoded texts `<name>` comes as `<name>`, float (rows, max_tokens, width), zero
     behind the end of each text, and `<name>_length`, int64 (rows,).
@@ -33,43 +33,58 @@ class Stream:
         self._cache = cache
         self._columns = find_columns(cache, manifest, columns)
         self._settings = settings
-        self._row_groups = [
-            RowGroup(file, number)
-            for file in manifest.files
-            for number in range(len(file.row_groups))
-        ]
+        names = sorted({file.bucket for file in manifest.files})
+        self._buckets = [_Bucket(manifest, name) for name in names]
 
     def batches(
         self, first_step: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> Generator[dict[str, Tensor], None, None]:
         """Yield this rank's rows of every global batch from `first_step` on, without end.
 
-        Row r of the global batch belongs to rank r mod world_size. The next batches are read by a
-        thread while one is used; closing the generator ends it.
+        Row r of the global batch belongs to rank r mod world_size; all rows are of one bucket. The
+        next batches are read by a thread while one is used; closing the generator ends it.
         """
-        order = SampleOrder(
-            tuple(group.file.row_groups[group.number] for group in self._row_groups),
-            seed=seed,
-            window_row_groups=self._settings.window_row_groups,
-            lanes=self._settings.lanes,
-        )
+        num_rows = [bucket.num_rows for bucket in self._buckets]
+        plan = BatchPlan(num_rows, batch_size=batch_size, seed=seed)
+        readers = [self._reader(bucket, seed, sum(num_rows)) for bucket in self._buckets]
         rows = np.arange(rank, batch_size, world_size)
-        reader = WindowReader(
-            self._cache,
-            order,
-            self._row_groups,
-            self._columns,
-            capacity=self._settings.lanes + 2,
-        )
 
         def read() -> Iterator[dict[str, Tensor]]:
             step = first_step
             while True:
-                batch = reader.read(step * batch_size + rows)
+                place = plan.batch(step)
+                batch = readers[place.bucket].read(place.start + rows)
                 yield {name: _to_tensor(values) for name, values in batch.items()}
                 step += 1
 
         return prefetch(read, depth=4)
+
+    def _reader(self, bucket: "_Bucket", seed: int, total_rows: int) -> WindowReader:
+        # Buckets share the lanes: the memory that windows take does not grow with their number.
+        lanes = max(1, round(self._settings.lanes * bucket.num_rows / total_rows))
+        order = SampleOrder(
+            bucket.sizes,
+            seed=seed,
+            window_row_groups=self._settings.window_row_groups,
+            lanes=lanes,
+        )
+        return WindowReader(
+            self._cache, order, bucket.row_groups, self._columns, capacity=lanes + 2
+        )
+
+
+class _Bucket:
+    """The row groups of one bucket."""
+
+    def __init__(self, manifest: Manifest, name: str) -> None:
+        self.row_groups = [
+            RowGroup(file, number)
+            for file in manifest.files
+            if file.bucket == name
+            for number in range(len(file.row_groups))
+        ]
+        self.sizes = tuple(group.file.row_groups[group.number] for group in self.row_groups)
+        self.num_rows = sum(self.sizes)
 
 
 def prefetch(make: Callable[[], Iterator[T]], *, depth: int) -> Generator[T, None, None]:
