@@ -89,6 +89,7 @@ class RecaptionChain:
         self._write = WriteUnit(
             open_folder(settings.output),
             schema=_schema(pictures),
+            buckets=plan.buckets,
             plan=plan.fingerprint,
             row_group_size=settings.row_group_size,
         )
@@ -128,6 +129,7 @@ def plan_recaption(settings: RecaptionSettings) -> Plan:
         },
         inputs={"pictures": pictures.fingerprint()},
         shapes=pictures.manifest.shapes,
+        buckets=pictures.manifest.buckets,
         class_names=pictures.manifest.class_names,
     )
     start_plan(open_folder(settings.output), plan)

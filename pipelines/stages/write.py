@@ -80,6 +80,7 @@ class WriteUnit:
         buckets: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None,
     ) -> None:
         self._folder = folder
+        self._has_buckets = bool(buckets)
         self._schemas = {
             name: pa.schema(_in_bucket(field, shapes) for field in schema)
             for name, shapes in (buckets or {"": {}}).items()
@@ -102,7 +103,7 @@ class WriteUnit:
         files = [
             self._write_kept(unit, bucket, kept)
             for bucket in self._schemas
-            if (kept := [row for row in rows.kept if row.get("bucket", "") == bucket])
+            if (kept := [row for row in rows.kept if self._bucket(row) == bucket])
         ]
         if rows.rejected:
             columns = [row.columns() for row in rows.rejected]
@@ -118,6 +119,9 @@ class WriteUnit:
         )
         write_entry(self._folder, entry)
         return entry
+
+    def _bucket(self, row: Row) -> str:
+        return row["bucket"] if self._has_buckets else ""
 
     def _write_kept(self, unit: Unit, bucket: str, rows: Sequence[Row]) -> CacheFile:
         name, schema, texts = f"{unit.name}.{bucket}".rstrip("."), self._schemas[bucket], None

@@ -99,7 +99,9 @@ def test_a_text_is_stored_once_in_its_unit(cache):
 def test_a_text_that_a_column_does_not_encode_takes_no_room(cache):
     with cache.open(read_manifest(cache).files[0].texts.path) as stored:
         table = pq.read_table(stored)
-    for text, tokens in zip(*(table[n].to_pylist() for n in ("raw_text", "t5_recaption")), strict=True):
+    for text, tokens in zip(
+        *(table[n].to_pylist() for n in ("raw_text", "t5_recaption")), strict=True
+    ):
         assert bool(tokens) == (text in CAPTIONS[:3])
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jobs.fashion_mnist import make_sample, write_shards
+from pipelines.dedup import DedupSettings, SignChain, plan_dedup
 from pipelines.latents import LatentsChain, plan_latents
 from pipelines.latents_settings import LatentsSettings
 from pipelines.picture_files import open_pictures
@@ -117,6 +118,16 @@ def test_latents_have_the_shapes_of_their_buckets(made):
         metadata = pq.read_metadata(made / "latents" / file.path)
         assert metadata.num_rows == file.rows
         assert file.texts is not None
+
+
+def test_duplicates_are_dropped_from_pictures_of_any_size(made, tmp_path):
+    settings = DedupSettings(input=str(made / "pictures"), output=str(tmp_path / "out"))
+    signatures, plan = plan_dedup(settings)
+    pictures = open_pictures(settings.input)
+    sign = SignChain(settings, pictures, signatures)
+    entries = [sign(unit) for unit in pictures.units()]
+    assert sum(file.rows for entry in entries for file in entry.files) == len(SIZES)
+    assert plan.buckets == pictures.manifest.buckets
 
 
 def _steps(folder, count, first=0, batch_size=4, **ranks):
