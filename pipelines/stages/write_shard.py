@@ -25,7 +25,7 @@ from pipelines.shards import Unit
 from pipelines.stages.fetch import Body, DiskError
 from udiff.data.manifest import ENTRIES, REJECTED, CacheFile, UnitEntry, to_json
 from udiff.data.schema import REJECTED_SCHEMA
-from udiff.data.storage import Folder
+from udiff.data.storage import Content, Folder
 
 _EXTENSIONS = {
     "JPEG": "jpg",
@@ -149,14 +149,13 @@ class WriteShard:
         ]
         counts = dict(sorted(Counter(str(row.reason) for row in rejected).items()))
         entry = self._entry(unit, len(pictures.found), counts)
-        with pa.memory_map(str(tar)) as mapped:
-            files: dict[str, bytes | pa.Buffer] = {f"{unit.name}.tar": mapped.read_buffer()}
-            files[f"{unit.name}.parquet"] = _parquet(_described(rows, described))
-            if rejected:
-                files[f"{REJECTED}/{unit.name}.parquet"] = _parquet(_rejected_table(rejected))
-            files[f"{unit.name}_stats.json"] = _stats(unit.num_samples, entry)
-            files[f"{ENTRIES}/{unit.name}.json"] = to_json(entry)
-            self._folder.publish(files)
+        files: dict[str, Content] = {f"{unit.name}.tar": tar}
+        files[f"{unit.name}.parquet"] = _parquet(_described(rows, described))
+        if rejected:
+            files[f"{REJECTED}/{unit.name}.parquet"] = _parquet(_rejected_table(rejected))
+        files[f"{unit.name}_stats.json"] = _stats(unit.num_samples, entry)
+        files[f"{ENTRIES}/{unit.name}.json"] = to_json(entry)
+        self._folder.publish(files)
         return entry
 
     def _entry(self, unit: Unit, successes: int, rejected: dict[str, int]) -> UnitEntry:

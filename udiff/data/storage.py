@@ -2,16 +2,21 @@
 
 import fcntl
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow as pa
 from pyarrow import fs
 
 _TEMPORARY_SUFFIX = ".tmp"
+
+Content: TypeAlias = bytes | pa.Buffer | Path
+"""What a file is to hold: itself, or a file of this machine of which it is a copy."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Folder:
         with self.filesystem.open_output_stream(f"{self.path}/{name}") as stream:
             stream.write(data)
 
-    def publish(self, files: Mapping[str, bytes | pa.Buffer]) -> bool:
+    def publish(self, files: Mapping[str, Content]) -> bool:
         """Write files that belong together, the last of which is their commit.
 
         On a local disk the first of several writers wins, whole: what it commits is never mixed
@@ -85,7 +90,11 @@ class Folder:
         for name, data in files.items():
             if self.exists(commit):
                 return False
-            self.write(name, data)
+            if isinstance(data, Path):
+                with pa.memory_map(str(data)) as mapped:
+                    self.write(name, mapped.read_buffer())
+            else:
+                self.write(name, data)
         return True
 
     def remove_temporaries(self) -> None:
@@ -136,7 +145,7 @@ def _replace_local(path: Path, data: bytes | pa.Buffer) -> None:
     _sync_folder(path.parent)
 
 
-def _publish_local(folder: Path, files: Mapping[str, bytes | pa.Buffer], commit: str) -> bool:
+def _publish_local(folder: Path, files: Mapping[str, Content], commit: str) -> bool:
     written: dict[Path, Path] = {}
     try:
         for name, data in files.items():
@@ -153,13 +162,17 @@ def _publish_local(folder: Path, files: Mapping[str, bytes | pa.Buffer], commit:
             temporary.unlink(missing_ok=True)
 
 
-def _write_temporary(path: Path, data: bytes | pa.Buffer) -> Path:
+def _write_temporary(path: Path, data: Content) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Workers of a killed job live on for a while, so two processes may write the same file.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            if isinstance(data, Path):
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, file)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
