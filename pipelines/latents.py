@@ -56,7 +56,7 @@ def plan_latents(settings: LatentsSettings) -> Plan:
         ValueError: `input` holds no pictures, or there is another cache at `output`.
     """
     pictures = open_pictures(settings.input)
-    _check_columns(settings, pictures)
+    _check_sources(settings, pictures)
     encoders = _load_encoders(settings, "cpu")
     plan = _plan(settings, pictures, encoders)
     start_plan(open_folder(settings.output), plan)
@@ -91,11 +91,8 @@ def _check_identity(encoders: "Encoders", plan: Plan) -> None:
         raise ValueError(f"the encoders are others on this machine: {'; '.join(differences)}")
 
 
-def _check_columns(settings: LatentsSettings, pictures: PictureFiles) -> None:
+def _check_sources(settings: LatentsSettings, pictures: PictureFiles) -> None:
     names = pictures.schema().names
-    for column in (*settings.texts, *settings.features):
-        if column.name in names:
-            raise ValueError(f"{settings.input} has a column {column.name} already: choose a name")
     for text in settings.texts:
         if text.column not in names:
             raise ValueError(

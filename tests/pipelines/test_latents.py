@@ -95,6 +95,17 @@ def test_tokens_are_those_of_the_encoder_filled_up_as_it_does(made, tmp_path):
     assert not (tmp_path / "texts").exists()
 
 
+def test_states_of_captions_may_be_called_caption(made, tmp_path):
+    text = {"name": "caption", "encoder": "t5", "path": str(made / "t5"), "max_tokens": 5}
+    manifest = _make(_settings(made, tmp_path, texts=[text]))
+    batches = Stream(open_folder(tmp_path), manifest, ("caption",), DataSettings()).batches(
+        0, batch_size=3, seed=0
+    )
+    assert next(batches)["caption"].shape == (3, 5, 24)
+    batches.close()
+    assert _column(tmp_path, "caption")[:2] == list(CAPTIONS[:2])
+
+
 def test_texts_alone_need_no_autoencoder_and_look_at_no_picture(made, tmp_path):
     manifest = _make(_settings(made, tmp_path, autoencoder=None))
     assert set(manifest.shapes) == {"t5"}

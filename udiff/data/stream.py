@@ -137,8 +137,9 @@ def find_columns(cache: Folder, manifest: Manifest, names: tuple[str, ...]) -> C
         raise ValueError(f"data.cache {cache} holds no rows")
     with cache.open(manifest.files[0].path) as file:
         known = set(pq.read_schema(file).names)
-    plain = tuple(name for name in names if name in known)
+    # The states of captions may be called `caption`: training has no use for the strings.
     texts = tuple(name for name in names if row_column(name) in known)
+    plain = tuple(name for name in names if name in known and name not in texts)
     if missing := [name for name in names if name not in {*plain, *texts}]:
         raise ValueError(
             f"data.cache {cache} is a cache of {manifest.kind}: it has no column "
