@@ -106,6 +106,7 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add("buckets", "HEIGHTxWIDTH of several sizes, in place of --size", nargs="*")
     add("fit", "crop scales and cuts, pad puts black around", choices=["crop", "pad"])
     add("captions", "whether a picture needs one", choices=["required", "optional"])
+    add("conversations", "take LLaVA's conversations, or questions", action="store_true")
     parser.add_argument(
         "--class-names", help="JSON list of the names of the labels, in their order"
     )

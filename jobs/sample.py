@@ -80,7 +80,7 @@ def read_requests(file: Path, task: Task) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            request = _open_pictures(json.loads(line), task, file.parent)
+            request = open_pictures(json.loads(line), task, file.parent)
             task.request.model_validate(request)
         except (ValueError, OSError) as error:
             raise UserError(f"{file} line {number}: {error}") from None
@@ -88,6 +88,22 @@ def read_requests(file: Path, task: Task) -> list[dict[str, Any]]:
     if not requests:
         raise UserError(f"{file} holds no requests")
     return requests
+
+
+def open_pictures(request: Any, task: Task, folder: Path) -> dict[str, Any]:
+    """Read the pictures that a request names by files, relative to a folder.
+
+    Raises:
+        UserError: it is no request.
+        OSError: a picture is missing.
+    """
+    if not isinstance(request, Mapping):
+        raise UserError(f"a request is a JSON object, got {type(request).__name__}")
+    pictures = {
+        name: (folder / request[name]).read_bytes()
+        for name in picture_fields(task.request) & request.keys()
+    }
+    return {**request, **pictures}
 
 
 def label_names(recipe: FamilyRecipe) -> list[str]:
@@ -120,16 +136,6 @@ def _find_task(system: System, name: str | None) -> Task:
     if name is None or name not in system.tasks:
         raise UserError(f"--task must be one of {', '.join(system.tasks)}; got {name}")
     return system.tasks[name]
-
-
-def _open_pictures(request: Any, task: Task, folder: Path) -> dict[str, Any]:
-    if not isinstance(request, Mapping):
-        raise UserError(f"a request is a JSON object, got {type(request).__name__}")
-    pictures = {
-        name: (folder / request[name]).read_bytes()
-        for name in picture_fields(task.request) & request.keys()
-    }
-    return {**request, **pictures}
 
 
 def _write_outputs(out: Path, file: Path, generated: Generated) -> None:

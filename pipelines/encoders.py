@@ -50,8 +50,7 @@ class Encoders:
         """Find the shapes of what is made of texts, by encoding an empty one."""
         shapes: dict[str, tuple[int, ...]] = {}
         for column, text in zip(self.settings.texts, self.texts, strict=True):
-            if column.store != "states":
-                shapes[f"{column.name}_tokens"] = (column.max_tokens,)
+            shapes |= dict.fromkeys(column.token_columns(), (column.max_tokens,))
             if column.store != "tokens":
                 shapes[column.name] = text.shape()
         return shapes
@@ -71,9 +70,7 @@ class Encoders:
             for name in columns.names
         ]
         for text in self.settings.texts:
-            if text.store != "states":
-                name = f"{text.name}_tokens"
-                fields.append(tensor_field(name, shapes[name], "int32"))
+            fields += [tensor_field(name, shapes[name], "int32") for name in text.token_columns()]
             if text.store != "tokens":
                 fields.append(_text_fields(text, shapes)[0])
         return fields
@@ -173,6 +170,7 @@ def _text_identity(text: TextSettings, encoder: TextEncoder) -> dict[str, JsonVa
         "kind": text.encoder,
         "source": text.source,
         "max_tokens": text.max_tokens,
+        **({"layout": text.layout} if text.layout != "plain" else {}),
         "trim": text.trim,
         "dtype": _COMPUTED[text.precision],
         "stored": text.dtype,

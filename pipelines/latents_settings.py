@@ -37,6 +37,9 @@ class TextSettings(ColumnSettings):
     """Column of the pictures cache that holds the texts; of a column of lists, such as the captions
     that a model wrote, `recaption.0` is the first, and the list begins anew behind its end."""
     store: Literal["states", "tokens", "both"] = "states"
+    layout: Literal["plain", "forward", "reverse", "reverse_end"] = "plain"
+    """Of texts that are conversations, whose questions and answers are laid out as tokens; the
+    column `<name>_learned` says which of them are to be learned."""
     trim: bool = True
     """Leave the states out that belong to padding."""
     pad: Literal["end", "pad"] = "pad"
@@ -48,6 +51,19 @@ class TextSettings(ColumnSettings):
     def column(self) -> str:
         """Column that is read."""
         return self.source.partition(".")[0]
+
+    def token_columns(self) -> tuple[str, ...]:
+        """Name the columns that hold a number per token."""
+        if self.store == "states":
+            return ()
+        tokens, learned = f"{self.name}_tokens", f"{self.name}_learned"
+        return (tokens,) if self.layout == "plain" else (tokens, learned)
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> Self:
+        if self.layout != "plain" and self.store != "tokens":
+            raise ValueError(f"layout={self.layout} needs store=tokens, got {self.store}")
+        return self
 
 
 class FeatureSettings(ColumnSettings):

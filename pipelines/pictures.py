@@ -15,6 +15,7 @@ from pipelines.rows import Rows, Stage, carry
 from pipelines.schedule import PrepareReport, Workers, run_tasks, run_units
 from pipelines.shards import Unit
 from pipelines.source import Kind, Source, open_source
+from pipelines.stages.converse import take_conversation
 from pipelines.stages.crop import Bucket, Fit, crop, crop_to_bucket
 from pipelines.stages.decode import decode, identify
 from pipelines.stages.filter import (
@@ -28,7 +29,7 @@ from pipelines.stages.filter import (
 )
 from pipelines.stages.write import WriteUnit, encode_png
 from udiff.data.manifest import Plan, UnitEntry, start_plan
-from udiff.data.schema import pictures_schema
+from udiff.data.schema import conversation_field, pictures_schema
 from udiff.data.storage import open_folder
 from udiff.settings import Settings
 
@@ -54,6 +55,8 @@ class PicturesSettings(Settings):
     fit: Fit = "crop"
     """`crop` scales the shorter side to `size` and cuts; `pad` puts black around, unscaled."""
     captions: Literal["required", "optional"] = "required"
+    conversations: bool = False
+    """Take conversations about the pictures too (column `conversation`), and only rows with one."""
     class_names: tuple[str, ...] = ()
     """With names, every picture must have a label below their number."""
     background: str = "white"
@@ -114,8 +117,10 @@ class PicturesChain:
         )
         num_classes = len(settings.class_names or source.class_names) or None
         self._source = source
+        talks = (take_conversation,) if settings.conversations else ()
         self._stages = (
             source.take,
+            *talks,
             partial(check_caption, required=settings.captions == "required"),
             partial(check_metadata, filters=filters),
             partial(check_label, num_classes=num_classes),
@@ -177,9 +182,12 @@ def make_pictures(settings: PicturesSettings, plan: Plan) -> PrepareReport:
     source, output = _open(settings), open_folder(settings.output)
     arguments = [(source, output, *file, settings.unit_rows) for file in plan.inputs.items()]
     cuts = run_tasks(_cut, arguments)
+    schema = pictures_schema(settings.sizes[0], scores=settings.score.columns())
+    if settings.conversations:
+        schema = schema.append(conversation_field())
     write = WriteUnit(
         output,
-        schema=pictures_schema(settings.sizes[0], scores=settings.score.columns()),
+        schema=schema,
         buckets=plan.buckets,
         plan=plan.fingerprint,
         row_group_size=settings.row_group_size,
@@ -213,12 +221,13 @@ def _plan(settings: PicturesSettings, source: Source) -> Plan:
     decided_by = ("size", "buckets", "fit", "background", "jpeg", "max_pixels", "captions")
     image = settings.model_dump(mode="json", include={*decided_by, "filters", "score"})
     scores = image.pop("score")
+    conversation = {"conversation": {"turns": "all"}} if settings.conversations else {}
     if settings.score.clip is not None:
         limits = {name: scores[name] for name in ("min_clip_score", "min_aesthetic")}
         image |= {**limits, "scored_by": load_score(settings)[1]}
     return Plan(
         kind="pictures",
-        identity={"image": image},
+        identity={"image": image, **conversation},
         options={"unit_rows": settings.unit_rows, "row_group_size": settings.row_group_size},
         inputs={**source.fingerprints()},
         shapes={} if settings.buckets else {"image": (*settings.sizes[0], 3)},

@@ -1,5 +1,6 @@
 """Stage: texts -> tokens and the states of their tokens. One encoder per actor."""
 
+import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from pipelines.latents_settings import TextSettings, read_text
 from pipelines.rows import Row, Rows
 from pipelines.stages.encode_image import check_finite, to_stored
-from udiff.encoders.text import TextEncoder
+from udiff.data.conversation import QUESTION, QUESTION_BEHIND, Turn, lay_out
+from udiff.encoders.text import Prompted, TextEncoder
 
 
 class EncodeText:
@@ -18,7 +20,8 @@ class EncodeText:
 
     Reads: the column of the texts (str, or list of str).
     Writes: `<name>`, float (tokens, width), without what belongs to padding, and `<name>_tokens`,
-    int32 (max_tokens,), whichever is stored; the same arrays for equal texts.
+    int32 (max_tokens,), whichever is stored; the same arrays for equal texts. Conversations
+    (`layout`) become `<name>_tokens` and `<name>_learned`, int32 (max_tokens,).
     Refuses: texts whose states the stored type cannot hold.
     """
 
@@ -51,6 +54,9 @@ class EncodeText:
         settings = self._settings
         for start in range(0, len(texts), self._batch_size):
             batch = texts[start : start + self._batch_size]
+            if settings.layout != "plain":
+                yield from zip(batch, map(self._lay_out, batch), strict=True)
+                continue
             ids = self._encoder.tokenize(batch, settings.max_tokens)
             columns: list[Row] = [{} for _ in batch]
             if settings.store != "states":
@@ -60,6 +66,22 @@ class EncodeText:
                 for row, states in zip(columns, self._states(ids), strict=True):
                     row[settings.name] = states
             yield from zip(batch, columns, strict=True)
+
+    def _lay_out(self, conversation: str) -> Row:
+        settings, encoder = self._settings, self._encoder
+        assert settings.layout != "plain"
+        if not isinstance(encoder, Prompted):
+            raise TypeError(f"texts.{settings.name}: {settings.encoder} lays out no conversations")
+        question = QUESTION if settings.layout == "forward" else QUESTION_BEHIND
+        turns = [
+            Turn(encoder.tokenize_bare(question.format(asked)), encoder.tokenize_bare(answer))
+            for asked, answer in json.loads(conversation)
+        ]
+        tokens = lay_out(
+            turns, num_tokens=settings.max_tokens, end_id=encoder.end_id, layout=settings.layout
+        )
+        values = np.array(tokens.ids, np.int32), np.array(tokens.is_learned, np.int32)
+        return dict(zip(settings.token_columns(), values, strict=True))
 
     def _states(self, ids: Tensor) -> list[np.ndarray]:
         states = to_stored(self._encode(ids), self._settings.dtype)

@@ -66,6 +66,11 @@ def pictures_schema(size: tuple[int, int], *, scores: Sequence[str] = ()) -> pa.
     return pa.schema([*SAMPLE, *scored, image_field((*size, 3))])
 
 
+def conversation_field() -> pa.Field:
+    """Describe the column of conversations: the JSON list of [question, answer]."""
+    return pa.field("conversation", pa.string(), nullable=False)
+
+
 def recaption_field() -> pa.Field:
     """Describe the column of captions that a model wrote: a list of strings."""
     element = pa.field("element", pa.string(), nullable=False)

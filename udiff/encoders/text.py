@@ -28,3 +28,13 @@ class TextEncoder(Protocol):
 
     def fingerprint(self) -> str:
         """Hash what the states depend on: tokenizer, configuration and weights."""
+
+
+@runtime_checkable
+class Prompted(Protocol):
+    """Encoders whose tokens can be put together piece by piece."""
+
+    end_id: int
+
+    def tokenize_bare(self, text: str) -> list[int]:
+        """Cut a text into tokens, as many as it has, without an end token."""

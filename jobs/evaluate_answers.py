@@ -1,0 +1,138 @@
+"""Rate a model's answers or captions: VQA accuracy, or CIDEr and BLEU.
+
+    python -m jobs.evaluate_answers --bundle BUNDLE --questions QUESTIONS.jsonl --out rated
+    python -m jobs.evaluate_answers --metric captions --task image_to_text ... --bundle BUNDLE
+
+A line of the questions is a request of the task and its references, as `{"image": "a.jpg",
+"question": "what color is it?", "references": ["red", "red", "dark red"]}`. They are answered side
+by side on the running Ray; --out gets `answers.jsonl` (each line with its `answer`) and
+`scores.json`. Without --bundle the lines must hold an `answer` already, as `answers.jsonl` has.
+
+VQA accuracy wants ten references of each question; answers are normalized as the VQA evaluation
+toolkit does, references always.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.cluster import connect
+from jobs.console import UserError, make_parser, run_job
+from jobs.sample import open_pictures
+from pipelines.generate import generate
+from udiff.bundle import load_bundle
+from udiff.evaluation.answers import number_answers, vqa_accuracy
+from udiff.evaluation.captions import rate_captions
+from udiff.system import Task
+
+REFERENCES, ANSWER = "references", "answer"
+Line = dict[str, Any]
+
+
+def rate(lines: Sequence[Line], *, metric: str) -> dict[str, float]:
+    """Rate answered lines; VQA accuracy in percent, with two decimals.
+
+    Raises:
+        UserError: a line has no answer.
+    """
+    missing = [
+        number for number, line in enumerate(lines, 1) if not isinstance(line.get(ANSWER), str)
+    ]
+    if missing:
+        raise UserError(f"line {missing[0]} has no {ANSWER}: give a --bundle that answers")
+    if metric == "captions":
+        return rate_captions([line[ANSWER] for line in lines], [line[REFERENCES] for line in lines])
+    scores = [vqa_accuracy(line[ANSWER], number_answers(line[REFERENCES])) for line in lines]
+    return {"vqa_accuracy": round(100 * sum(scores) / len(scores), 2)}
+
+
+def answer(
+    lines: Sequence[Line], *, bundle: str, task: str, folder: Path, workers: int, gpus: float
+) -> list[Line]:
+    """Have a model answer all lines, whose pictures lie in a folder.
+
+    Raises:
+        UserError: a line is no request of the task, or there is no such task.
+    """
+    tasks = load_bundle(bundle).system.tasks
+    if task not in tasks or tasks[task].output != "text":
+        texts = [name for name, each in tasks.items() if each.output == "text"]
+        raise UserError(f"--task must be one of {', '.join(texts) or 'none'}; got {task}")
+    requests = [_request(number, line, tasks[task], folder) for number, line in enumerate(lines, 1)]
+    connect()
+    path = str(Path(bundle).absolute())
+    found = generate(path, requests, task=task, workers=workers, gpus=gpus).outputs
+    return [{**line, ANSWER: text} for line, text in zip(lines, found, strict=True)]
+
+
+def read_lines(file: Path) -> list[Line]:
+    """Read questions with their references.
+
+    Raises:
+        UserError: a line is no JSON object, or has no references.
+    """
+    lines = [json.loads(text) for text in file.read_text("utf-8").splitlines() if text.strip()]
+    for number, line in enumerate(lines, 1):
+        references = line.get(REFERENCES) if isinstance(line, dict) else None
+        if not isinstance(references, list) or not references:
+            raise UserError(f"{file} line {number} has no list of {REFERENCES}")
+    if not lines:
+        raise UserError(f"{file} holds no questions")
+    return lines
+
+
+def _request(number: int, line: Line, task: Task, folder: Path) -> dict[str, Any]:
+    asked = {name: line[name] for name in task.request.model_fields if name in line}
+    try:
+        request = open_pictures(asked, task, folder)
+        task.request.model_validate(request)
+    except (ValueError, OSError) as error:
+        raise UserError(f"line {number}: {error}") from None
+    return request
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    options = _parser().parse_args(arguments)
+    return run_job(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    lines = read_lines(options.questions)
+    if options.bundle:
+        lines = answer(
+            lines,
+            bundle=options.bundle,
+            task=options.task,
+            folder=options.questions.parent,
+            workers=options.workers,
+            gpus=options.gpus,
+        )
+    scores = {**rate(lines, metric=options.metric), "num_questions": len(lines)}
+    text = json.dumps(scores, indent=1)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        answered = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (options.out / "answers.jsonl").write_text(answered, "utf-8")
+        (options.out / "scores.json").write_text(text + "\n")
+    print(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("jobs.evaluate_answers", __doc__)
+    add = parser.add_argument
+    add("--questions", type=Path, required=True, help="JSON lines, with references")
+    add("--bundle", help="folder of the bundle that is to answer them")
+    add("--task", default="visual_question_answering", help="(default: %(default)s)")
+    add("--metric", choices=["vqa", "captions"], default="vqa", help="(default: %(default)s)")
+    add("--out", type=Path, help="folder to write")
+    add("--workers", type=int, default=1, help="(default: %(default)s)")
+    add("--gpus", type=float, default=0, help="of each worker (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
