@@ -32,9 +32,9 @@ class Cluster:
     metrics: str
     environment: dict[str, str]
 
-    def submit(self, *command: str, wait: bool = True) -> subprocess.Popen[str]:
-        """Submit a job from the checkout, as the README does."""
-        submitted = subprocess.Popen(
+    def submit(self, *command: str) -> subprocess.Popen[str]:
+        """Submit a job from the checkout, as the README does; the process ends with the job."""
+        return subprocess.Popen(
             [
                 str(BIN / "ray"), "job", "submit", "--address", self.dashboard,
                 "--working-dir", str(ROOT),
@@ -43,9 +43,6 @@ class Cluster:
             ],
             env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        if wait:
-            submitted.wait()
-        return submitted
 
     def scrape(self) -> dict[str, float]:
         """Read the node's metrics, summed over workers."""
@@ -59,7 +56,7 @@ class Cluster:
                 sums[key] = sums.get(key, 0) + float(value)
         return sums
 
-    def wait_for(self, *names: str, timeout_s: float = 60) -> dict[str, float]:
+    def wait_for(self, *names: str, timeout_s: float = 200) -> dict[str, float]:
         """Scrape until the metrics are there; they arrive some seconds late."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -89,7 +86,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     with log.open("w") as output:
         head = subprocess.Popen(
             [
-                str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2",
+                str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4",
                 "--node-ip-address=127.0.0.1", f"--port={gcs}",
                 f"--dashboard-port={dashboard}", f"--metrics-export-port={metrics}",
                 f"--ray-client-server-port={client}",
@@ -137,44 +134,60 @@ def made_shards(folder: Path, pictures: int) -> Path:
     return folder
 
 
-def test_prepare_is_submitted_and_counts_its_rows(cluster, tmp_path):
-    shards = made_shards(tmp_path / "shards", 40)
-    job = cluster.submit(
-        "-m", "jobs.prepare", "pictures", "--input", str(shards),
-        "--output", str(tmp_path / "pictures"), "--size", "32", "--unit-rows", "20",
+@dataclass(frozen=True)
+class Submitted:
+    """Jobs that run side by side on the cluster, and the folders that they write."""
+
+    train: subprocess.Popen[str]
+    prepare: subprocess.Popen[str]
+    failing: subprocess.Popen[str]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def submitted(cluster, tmp_path_factory) -> Submitted:
+    folder = tmp_path_factory.mktemp("submitted")
+    shards = made_shards(folder / "shards", 40)
+    (folder / "failing").mkdir()
+    (folder / "failing" / "data").write_text("a file where the unit wants a folder")
+    save_autoencoder(folder / "autoencoder")
+    write_latents(folder / "latents", autoencoder=folder / "autoencoder")
+    return Submitted(
+        train=cluster.submit(
+            "-m", "jobs.train", "--recipe", "ddt/debug", "--run", str(folder / "run"),
+            "--workers", "2", f"data.cache={folder / 'latents'}",
+            f"autoencoder.path={folder / 'autoencoder'}", "train.images=12_800",
+            "network={dim: 64, num_heads: 2, num_blocks: 3, num_encoder_blocks: 2}",
+        ),
+        prepare=cluster.submit(*prepare(shards, folder / "pictures")),
+        failing=cluster.submit(*prepare(shards, folder / "failing")),
+        folder=folder,
     )  # fmt: skip
-    assert job.returncode == 0, job.stdout.read()
+
+
+def prepare(shards: Path, output: Path) -> list[str]:
+    return [
+        "-m", "jobs.prepare", "pictures", "--input", str(shards), "--output", str(output),
+        "--size", "32", "--unit-rows", "20", "--workers", "1",
+    ]  # fmt: skip
+
+
+def test_train_is_submitted_and_shows_its_loss(cluster, submitted):
+    found = cluster.wait_for("ray_udiff_train_loss", "ray_udiff_train_images_per_s")
+    assert 0 < found["ray_udiff_train_loss"] < 10
+    assert submitted.train.wait() == 0, submitted.train.stdout.read()
+    assert (submitted.folder / "run" / "bundle" / "weights.safetensors").exists()
+
+
+def test_prepare_is_submitted_and_counts_its_rows(cluster, submitted):
+    assert submitted.prepare.wait() == 0, submitted.prepare.stdout.read()
     found = cluster.wait_for("ray_udiff_rows_total[cached]", "ray_udiff_rows_total[rejected]")
     assert found["ray_udiff_rows_total[cached]"] == 41
     assert found["ray_udiff_rows_total[rejected]"] == 6  # without classes no label is wrong
 
 
-def test_a_job_whose_units_failed_exits_with_an_error(cluster, tmp_path):
-    shards = made_shards(tmp_path / "shards", 40)
-    output = tmp_path / "pictures"
-    output.mkdir()
-    (output / "data").write_text("a file where the unit wants a folder")
-    job = cluster.submit(
-        "-m", "jobs.prepare", "pictures", "--input", str(shards),
-        "--output", str(output), "--size", "32", "--unit-rows", "20",
-    )  # fmt: skip
-    said = job.stdout.read()
-    assert job.returncode != 0, said
+def test_a_job_whose_units_failed_exits_with_an_error(submitted):
+    said = submitted.failing.communicate()[0]
+    assert submitted.failing.returncode != 0, said
     assert "3 of 3 units failed" in said
-    assert not (output / "manifest.json").exists()
-
-
-def test_train_is_submitted_and_shows_its_loss(cluster, tmp_path):
-    save_autoencoder(tmp_path / "autoencoder")
-    write_latents(tmp_path / "latents", autoencoder=tmp_path / "autoencoder")
-    job = cluster.submit(
-        "-m", "jobs.train", "--recipe", "ddt/debug", "--run", str(tmp_path / "run"),
-        "--workers", "2", f"data.cache={tmp_path / 'latents'}",
-        f"autoencoder.path={tmp_path / 'autoencoder'}", "train.images=12_800",
-        "network={dim: 64, num_heads: 2, num_blocks: 3, num_encoder_blocks: 2}",
-        wait=False,
-    )  # fmt: skip
-    found = cluster.wait_for("ray_udiff_train_loss", "ray_udiff_train_images_per_s", timeout_s=120)
-    assert 0 < found["ray_udiff_train_loss"] < 10
-    assert job.wait() == 0, job.stdout.read()
-    assert (tmp_path / "run" / "bundle" / "weights.safetensors").exists()
+    assert not (submitted.folder / "failing" / "manifest.json").exists()
