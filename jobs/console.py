@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -60,5 +61,11 @@ def _explain(status: int, error: Exception) -> int:
 def one_line(error: Exception) -> str:
     """Say an error in one line; of a settings error, the keys and what is wrong with each."""
     if isinstance(error, ValidationError):
-        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return "; ".join(map(_explain_setting, error.errors()))
     return " ".join(str(error).split())
+
+
+def _explain_setting(problem: Any) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message

@@ -50,9 +50,9 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> FamilyRecipe:
             raise RecipeError(
                 f"recipe {name}: extends {base}, which extends another; one level only"
             )
-        keys = _merge(inherited, keys)
+        keys = merge_keys(inherited, keys)
     for override in overrides:
-        keys = _merge(keys, _parse_override(override))
+        keys = merge_keys(keys, parse_override(override))
     return parse_recipe(keys, source=name)
 
 
@@ -78,7 +78,7 @@ def dump_recipe(recipe: FamilyRecipe) -> str:
 
 def update_recipe(recipe: FamilyRecipe, changes: Mapping[str, Any]) -> FamilyRecipe:
     """Change keys of a loaded recipe; `changes` is nested like the YAML."""
-    return parse_recipe(_merge(recipe.model_dump(mode="json"), changes), source=recipe.family)
+    return parse_recipe(merge_keys(recipe.model_dump(mode="json"), changes), source=recipe.family)
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -97,16 +97,22 @@ def _read(name: str) -> dict[str, Any]:
     return keys
 
 
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge_keys(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Change keys of nested mappings; what `changes` does not name stays."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+        merged[key] = merge_keys(old, value) if both else value  # type: ignore[arg-type]
     return merged
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def parse_override(override: str) -> dict[str, Any]:
+    """Read `a.b=value` as nested keys; the value as YAML reads it.
+
+    Raises:
+        RecipeError: it does not look like that.
+    """
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"an override looks like train.lr=1e-4, got {override!r}")
