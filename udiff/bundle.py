@@ -141,6 +141,12 @@ def load_autoencoder(path: str) -> KLAutoencoder:
     return autoencoder
 
 
+def load_decoder(bundle: Bundle) -> KLAutoencoder:
+    """Give the bundle's own autoencoder, or load the one whose latents it learned on."""
+    own = bundle.system.modules.get("autoencoder")
+    return own if isinstance(own, KLAutoencoder) else load_latent_decoder(bundle.recipe)
+
+
 def load_latent_decoder(recipe: FamilyRecipe) -> KLAutoencoder:
     """Load the autoencoder of a latent family, normalizing as its training did."""
     settings = recipe.autoencoder

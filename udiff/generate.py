@@ -13,7 +13,7 @@ from torch import Tensor
 
 from udiff.autoencoders.kl import KLAutoencoder
 from udiff.autoencoders.pixels import to_uint8
-from udiff.bundle import load_bundle, load_latent_decoder
+from udiff.bundle import load_bundle, load_decoder
 from udiff.samplers import ticks
 from udiff.system import Task
 
@@ -52,7 +52,7 @@ class Generator:
             task.network.to(self.device)
         self._decoder: KLAutoencoder | None = None
         if any(task.output == "image" for task in self.tasks.values()):
-            self._decoder = load_latent_decoder(self.recipe).to(self.device)
+            self._decoder = load_decoder(loaded).to(self.device)
             if loaded.system.use_autoencoder is not None:
                 loaded.system.use_autoencoder(self._decoder)
 

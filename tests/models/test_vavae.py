@@ -1,23 +1,31 @@
 """VA-VAE: keys, conversions, configurations, the losses, and training in two phases."""
 
+import asyncio
+import io
 import json
 import os
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from jobs.fetch_weights import fetch_lpips
-from tests.made import draw_pictures, write_pictures
+from serve.engine import Engine
+from serve.records import Order
+from tests.made import draw_pictures, save_random_bundle, write_pictures
 from tests.training.test_trainer import start, train, weights
 from udiff.autoencoders.kl import KLAutoencoder
 from udiff.autoencoders.ldm import LDMAutoencoder
 from udiff.autoencoders.perceptual import LPIPS
+from udiff.autoencoders.pixels import to_pixels, to_uint8
 from udiff.bundle import load_autoencoder, save_bundle
 from udiff.encoders.foundation import make_foundation
+from udiff.generate import Generator
 from udiff.models.vavae.checkpoint import convert_in, convert_out, network_from_official
 from udiff.models.vavae.official_config import (
     adversarial_starts,
@@ -264,6 +272,48 @@ def test_cached_features_are_a_column_of_the_batch() -> None:
     }
     phase = system.phases[0]
     assert phase.loss(batch, phase.draw(batch, Rng(0).at(0))).total.isfinite()
+
+
+# ---------------------------------------------------------------- reconstructing
+
+
+@pytest.fixture(scope="module")
+def random_bundle(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("random") / "bundle"
+    save_random_bundle(path, _recipe(), seed=0)
+    return path
+
+
+def _png(picture: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_picture_goes_through_its_latent_and_back(random_bundle) -> None:
+    [picture] = draw_pictures(1, 17)
+    [made] = Generator(random_bundle, device="cpu").generate([{"image": _png(picture), "seed": 3}])
+    autoencoder = load_autoencoder(str(random_bundle))
+    moments = autoencoder.encode_moments(to_pixels(torch.from_numpy(picture[None, :16, :16])))
+    noise = torch.randn(moments.mean.shape, generator=torch.Generator().manual_seed(3))
+    expected = autoencoder.decode(autoencoder.normalize(moments.sample(noise)))
+    assert np.array_equal(made, to_uint8(expected)[0].numpy())
+
+
+def test_an_engine_serves_reconstructions(random_bundle) -> None:
+    requests = tuple({"image": _png(picture)} for picture in draw_pictures(2, 32))
+    engine = Engine(str(random_bundle), device="cpu")
+    made = asyncio.run(engine.generate(Order("reconstruct", requests)))
+    engine.close()
+    assert [picture.shape for picture in made] == [(32, 32, 3)] * 2
+
+
+def test_pictures_too_large_or_too_small_are_refused(random_bundle) -> None:
+    generator = Generator(random_bundle, device="cpu")
+    for side in (1, 1025):
+        picture = _png(np.zeros((side, side, 3), np.uint8))
+        with pytest.raises(ValueError, match=f"image must have .* got {side} x {side}"):
+            generator.generate([{"image": picture}])
 
 
 # ---------------------------------------------------------------- training

@@ -34,6 +34,8 @@ from udiff.models.vavae.settings import (
     NetworkSettings,
     ObjectiveSettings,
 )
+from udiff.models.vavae.task import NAME as RECONSTRUCT
+from udiff.models.vavae.task import reconstruct_task
 from udiff.models.vavae.weight import AdaptiveWeight, FixedWeight
 from udiff.settings import OptimizerSettings
 from udiff.system import Batch, Draws, FamilyRecipe, Losses, Phase, System
@@ -90,6 +92,7 @@ class Recipe(FamilyRecipe):
             tuple(phases),
             columns=("image", CACHED_COLUMN) if cached else ("image",),
             ema_modules=tuple(modules),
+            tasks={RECONSTRUCT: reconstruct_task(autoencoder)},
         )
 
     def build_autoencoder(self) -> KLAutoencoder:
