@@ -143,7 +143,7 @@ class _Rows:
             if last.reason not in _TRANSIENT:
                 break
             if attempt < self._settings.retries:
-                asked = getattr(last, "pause_s", 0.0)
+                asked = last.pause_s if isinstance(last, _StatusRefusal) else 0.0
                 await asyncio.sleep(max(self._settings.pause_s * 2**attempt, asked))
         return last
 
@@ -174,11 +174,18 @@ def _write(body: Body, chunk: bytes) -> None:
         raise DiskError(f"cannot write a temporary file: {error}") from error
 
 
+class _StatusRefusal(Refusal):
+    """A status other than 200, and how long the host asks to be left alone."""
+
+    def __init__(self, response: ClientResponse) -> None:
+        super().__init__(_status_reason(response.status), f"status {response.status}")
+        seconds = response.headers.get("Retry-After", "")
+        self.pause_s = min(float(seconds), _MAX_PAUSE_S) if seconds.isdecimal() else 0.0
+
+
 def _check_answer(response: ClientResponse, settings: FetchSettings) -> None:
     if response.status != 200:
-        refusal = Refusal(_status_reason(response.status), f"status {response.status}")
-        refusal.pause_s = _asked_pause(response)  # type: ignore[attr-defined]
-        raise refusal
+        raise _StatusRefusal(response)
     for hop in (*response.history, response):
         if opted_out(hop.headers.getall("X-Robots-Tag", ()), settings):
             raise Refusal(Reason.OPTED_OUT)
@@ -209,11 +216,6 @@ def opted_out(values: Iterable[str], settings: FetchSettings) -> bool:
 
 def _status_reason(status: int) -> Reason:
     return _STATUSES.get(status, Reason.SERVER_ERROR if status >= 500 else Reason.STATUS)
-
-
-def _asked_pause(response: ClientResponse) -> float:
-    seconds = response.headers.get("Retry-After", "")
-    return min(float(seconds), _MAX_PAUSE_S) if seconds.isdecimal() else 0.0
 
 
 def _refusal(error: Exception) -> Refusal:
