@@ -31,7 +31,8 @@ class Files:
     classes: Literal["folders", "names"] = "folders"
     """Where the class is read: the folder right below `folder`, or the file's name up to `_`."""
     class_names: tuple[str, ...] = ()
-    _listings: dict[str, Sizes] = field(default_factory=dict, compare=False, repr=False)
+    _last: dict[str, tuple[list[str], Sizes]] = field(default_factory=dict, compare=False)
+    """Pictures of the folder that was listed last, and what is beside them."""
 
     @classmethod
     def below(cls, folder: Folder, classes: Literal["folders", "names"]) -> "Files":
@@ -80,11 +81,12 @@ class Files:
 
         Writes: key and source (path of the picture), path, text (path of its caption, or None).
         """
-        if unit.source not in self._listings:  # the next unit is often of the same folder
-            self._listings.clear()
-            self._listings[unit.source] = _sizes(self.folder, unit.source)
-        sizes = self._listings[unit.source]
-        paths = _pictures(sizes)[unit.start : unit.stop]
+        if unit.source not in self._last:  # the next unit is often of the same folder
+            self._last.clear()
+            sizes = _sizes(self.folder, unit.source)
+            self._last[unit.source] = _pictures(sizes), sizes
+        pictures, sizes = self._last[unit.source]
+        paths = pictures[unit.start : unit.stop]
         if len(paths) != unit.num_samples:
             raise ValueError(f"files below {self.folder}/{unit.source} are gone since it began")
         for path in paths:

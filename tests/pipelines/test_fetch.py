@@ -75,6 +75,11 @@ def test_urls_that_lead_nowhere(url, reason):
     assert reason is None or reasons == [str(reason)]
 
 
+def test_a_server_without_tls_is_named_so(server):
+    reasons, _ = _fetch([server.replace("http:", "https:") + "/ok/1"], timeout_s=10.0)
+    assert reasons == ["download/tls"]
+
+
 def test_names_that_stand_for_private_addresses_are_refused(server):
     port = server.rpartition(":")[2]
     reasons, _ = _fetch([f"http://localhost:{port}/ok/1"], allowed_networks=())
