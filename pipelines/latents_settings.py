@@ -82,6 +82,11 @@ def read_text(row: Row, source: str) -> str:
     return found[int(number or 0) % len(found)] if found else ""
 
 
+def states_column(name: str) -> str:
+    """Name a text's states among a row's columns, where the text itself may have their name."""
+    return f"{name}_states"
+
+
 def absolute_path(path: str) -> str:
     """Make the path of something local absolute; names of a hub stay as they are."""
     return str(Path(path).absolute()) if Path(path).exists() else path

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.latents_settings import TextSettings, read_text
+from pipelines.latents_settings import TextSettings, read_text, states_column
 from pipelines.rows import Row, Rows
 from pipelines.stages.encode_image import check_finite, to_stored
 from udiff.data.conversation import QUESTION, QUESTION_BEHIND, Turn, lay_out
@@ -19,9 +19,9 @@ class EncodeText:
     """Encode each distinct text of a unit once, in the order of their first use.
 
     Reads: the column of the texts (str, or list of str).
-    Writes: `<name>`, float (tokens, width), without what belongs to padding, and `<name>_tokens`,
-    int32 (max_tokens,), whichever is stored; the same arrays for equal texts. Conversations
-    (`layout`) become `<name>_tokens` and `<name>_learned`, int32 (max_tokens,).
+    Writes: `<name>_states`, float (tokens, width), without what belongs to padding, and
+    `<name>_tokens`, int32 (max_tokens,), whichever is stored; the same arrays for equal texts.
+    Conversations (`layout`) become `<name>_tokens` and `<name>_learned`, int32 (max_tokens,).
     Refuses: texts whose states the stored type cannot hold.
     """
 
@@ -64,7 +64,7 @@ class EncodeText:
                     row[f"{settings.name}_tokens"] = values
             if settings.store != "tokens":
                 for row, states in zip(columns, self._states(ids), strict=True):
-                    row[settings.name] = states
+                    row[states_column(settings.name)] = states
             yield from zip(batch, columns, strict=True)
 
     def _lay_out(self, conversation: str) -> Row:

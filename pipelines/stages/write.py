@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.latents_settings import read_text
+from pipelines.latents_settings import read_text, states_column
 from pipelines.rows import Row, Rows
 from pipelines.shards import Unit
 from udiff.data.manifest import (
@@ -66,7 +66,7 @@ class WriteUnit:
     columns have the bucket's shapes.
 
     Reads: the columns of the schema; bucket (str) where there are some; of each text column its
-    source and the tokens of the text, float (tokens, width), the same of equal texts.
+    source and `<name>_states`, float (tokens, width), the same of equal texts.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ def gather_texts(rows: Sequence[Row], columns: Sequence[TextColumn]) -> tuple[li
         for column, cells in zip(columns, packed, strict=True):
             place = number.setdefault(read_text(row, column.source), len(number))
             if place not in cells:
-                tokens = row[column.field.name]
+                tokens = row[states_column(column.field.name)]
                 cells[place] = pack(tokens, field_dtype(column.field)).tobytes()
             places[row_column(column.field.name)] = place
         referring.append({**row, **places})

@@ -32,8 +32,8 @@ def _row(number: int) -> dict:
         "number": number,
         "caption": caption,
         "recaption": recaption,
-        "t5": _encode(caption),
-        "t5_recaption": _encode(recaption),
+        "t5_states": _encode(caption),
+        "t5_recaption_states": _encode(recaption),
         "t5_tokens": np.full(MAX_TOKENS, number),
     }
 
@@ -80,7 +80,7 @@ def test_each_row_has_the_tokens_of_its_own_texts_and_zeros_behind(cache):
             seen.append(number)
             assert batch["t5_tokens"][k].tolist() == [number] * MAX_TOKENS
             for name, source in (("t5", "caption"), ("t5_recaption", "recaption")):
-                wanted = _row(number)[name]
+                wanted = _row(number)[f"{name}_states"]
                 length = batch[f"{name}_length"][k]
                 assert length == len(_row(number)[source].split())
                 np.testing.assert_array_equal(batch[name][k, :length], wanted)
