@@ -113,6 +113,7 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add("background", "color behind transparent pictures: a name of CSS, or #rrggbb")
     add("jpeg", "draft decodes large JPEGs at a fraction of their size", choices=["full", "draft"])
     _add_filters(parser)
+    add("update", "after the input changed, make only the units that did", action="store_true")
     add("gpus", "GPUs of a worker, for the scores; 0 scores on the CPU", type=float)
     add("max-pixels", "most pixels of a picture that is decoded", type=int)
     add("unit-rows", "samples done in one go", type=int)

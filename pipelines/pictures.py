@@ -28,9 +28,10 @@ from pipelines.stages.filter import (
     check_size,
 )
 from pipelines.stages.write import WriteUnit, encode_png
-from udiff.data.manifest import Plan, UnitEntry, start_plan
+from pipelines.update import Fingerprinted, carry_over, find_kept, hash_unit
+from udiff.data.manifest import Plan, UnitEntry, has_plan, start_plan
 from udiff.data.schema import conversation_field, pictures_schema
-from udiff.data.storage import open_folder
+from udiff.data.storage import Folder, open_folder
 from udiff.settings import Settings
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class PicturesSettings(Settings):
     unit_rows: PositiveInt = 1000
     """Samples that are done in one go, and lost when a job is killed."""
     row_group_size: PositiveInt = 256
+    update: bool = False
+    """Take over what is the same in a cache of another input."""
     gpus: float = Field(default=0, ge=0)
     """GPUs of a worker, for the scores; 0 for the CPU."""
     workers: PositiveInt | None = None
@@ -119,7 +122,6 @@ class PicturesChain:
         self._source = source
         talks = (take_conversation,) if settings.conversations else ()
         self._stages = (
-            source.take,
             *talks,
             partial(check_caption, required=settings.captions == "required"),
             partial(check_metadata, filters=filters),
@@ -138,16 +140,16 @@ class PicturesChain:
 
     def __call__(self, unit: Unit) -> UnitEntry:
         """Carry a unit from its source to its commit."""
-        rows, read = Rows(), self._source.read(unit)
+        rows, read, take = Rows(), self._source.read(unit), Fingerprinted(self._source.take)
         # A few at a time: what is decoded takes far more memory than what is cached.
         while batch := list(islice(read, self._batch_size)):
-            part = carry(batch, *self._stages)
+            part = carry(batch, take, *self._stages)
             if self._score is not None:
                 part = self._score(part)
             stored = carry(part.kept, encode_png)
             rows.kept += stored.kept
             rows.rejected += part.rejected
-        return self._write(unit, rows)
+        return self._write(unit, rows, content=take.hexdigest())
 
 
 def load_score(settings: PicturesSettings) -> "tuple[Score | None, str | None]":
@@ -168,7 +170,7 @@ def plan_pictures(settings: PicturesSettings) -> Plan:
         ValueError: there is another cache at `output`.
     """
     plan = _plan(settings, _open(settings))
-    start_plan(open_folder(settings.output), plan)
+    start_plan(open_folder(settings.output), plan, update=settings.update)
     return plan
 
 
@@ -182,6 +184,8 @@ def make_pictures(settings: PicturesSettings, plan: Plan) -> PrepareReport:
     source, output = _open(settings), open_folder(settings.output)
     arguments = [(source, output, *file, settings.unit_rows) for file in plan.inputs.items()]
     cuts = run_tasks(_cut, arguments)
+    if not has_plan(output, plan):
+        _update(output, plan, source, dict(zip(plan.inputs, cuts, strict=True)))
     schema = pictures_schema(settings.sizes[0], scores=settings.score.columns())
     if settings.conversations:
         schema = schema.append(conversation_field())
@@ -207,6 +211,15 @@ def _crop(settings: PicturesSettings) -> Stage:
     if settings.size is None:
         return partial(crop_to_bucket, buckets=settings.buckets)
     return partial(crop, size=settings.size, fit=settings.fit)
+
+
+def _update(output: Folder, plan: Plan, source: Source, units: dict[str, list[Unit]]) -> None:
+    """Take the units out whose rows have changed or are gone, so that they are made again."""
+
+    def hash_units(changed: list[Unit]) -> list[str]:
+        return run_tasks(hash_unit, [(source, unit) for unit in changed])
+
+    carry_over(output, plan, find_kept(output, plan, units, hash_units))
 
 
 def _open(settings: PicturesSettings) -> Source:

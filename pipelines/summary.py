@@ -18,13 +18,11 @@ from pipelines.rows import carry
 from pipelines.source import Source, open_source
 from pipelines.stages.decode import decode, identify
 from udiff.data.manifest import (
-    ENTRIES,
     MANIFEST,
     PLAN,
     Kind,
     Plan,
-    UnitEntry,
-    committed_units,
+    read_entries,
     read_manifest,
 )
 from udiff.data.schema import column_values, decode_png
@@ -121,7 +119,7 @@ def summarize(location: str, *, count: CountTokens = count_words) -> Summary:
     elif folder.exists(PLAN):
         plan = Plan.model_validate_json(folder.read(PLAN))
         summary, files = Summary(plan.kind, finished=False), []
-        for entry in _entries(folder):
+        for entry in read_entries(folder):
             summary.rows_in += entry.images_in
             summary.rejected.update(entry.rejected)
             files += [(file.path, file.rows) for file in entry.files]
@@ -170,11 +168,6 @@ def _summarize_shards(folder: Folder) -> tuple[Summary, list[tuple[str, int]]]:
         summary.rejected.update(failures)
         files.append((f"{name.removesuffix(_STATS)}.tar", stats["successes"]))
     return summary, files
-
-
-def _entries(folder: Folder) -> Iterator[UnitEntry]:
-    for unit in sorted(committed_units(folder)):
-        yield UnitEntry.model_validate_json((folder / ENTRIES).read(f"{unit}.json"))
 
 
 def _columns(folder: Folder, path: str) -> dict[str, pa.ChunkedArray]:

@@ -89,8 +89,13 @@ class WriteUnit:
         self._plan = plan
         self._row_group_size = row_group_size
 
-    def __call__(self, unit: Unit, rows: Rows) -> UnitEntry:
+    def __call__(self, unit: Unit, rows: Rows, *, content: str = "") -> UnitEntry:
         """Commit a unit; equal rows give equal bytes.
+
+        Args:
+            unit: what is committed.
+            rows: all its rows.
+            content: hash of the rows that it was made from.
 
         Raises:
             ValueError: not every sample of the unit is kept or rejected.
@@ -116,6 +121,7 @@ class WriteUnit:
             files=tuple(files),
             rejected=rows.rejected_counts(),
             latent_sums=_sums(rows.kept),
+            content=content,
         )
         write_entry(self._folder, entry)
         return entry

@@ -82,6 +82,8 @@ class UnitEntry(Settings):
     """None where every row was rejected."""
     rejected: dict[str, int]
     latent_sums: LatentSums | None = None
+    content: str = ""
+    """Hash of the rows that it was made from, where a changed input can be told by it."""
 
 
 class Plan(Settings):
@@ -215,8 +217,10 @@ def _brief(value: Any) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def start_plan(folder: Folder, plan: Plan) -> None:
+def start_plan(folder: Folder, plan: Plan, *, update: bool = False) -> None:
     """Write the plan of a new cache, or check that what is committed here has the same.
+
+    With `update` the inputs may differ; the plan that is here then stays.
 
     Raises:
         ValueError: the folder holds (a part of) another cache; names what differs.
@@ -226,8 +230,10 @@ def start_plan(folder: Folder, plan: Plan) -> None:
     if not committed_units(folder):
         folder.write(PLAN, to_json(plan))
         return
-    found = json.loads(folder.read(PLAN))
-    if differences := identity_difference(plan.model_dump(mode="json"), found):
+    found, wanted = json.loads(folder.read(PLAN)), plan.model_dump(mode="json")
+    if update:
+        found = {**found, "inputs": wanted["inputs"]}
+    if differences := identity_difference(wanted, found):
         raise ValueError(
             f"{folder} holds another cache: {'; '.join(differences[:8])}; "
             "delete it or choose another --output"
@@ -247,6 +253,21 @@ def is_committed(folder: Folder, unit: str) -> bool:
 def committed_units(folder: Folder) -> frozenset[str]:
     """List the units that are done: one listing of the folder."""
     return frozenset(name.removesuffix(".json") for name in (folder / ENTRIES).names())
+
+
+def read_entries(folder: Folder) -> list[UnitEntry]:
+    """Read the entries of all units that are done, under whatever plan."""
+
+    def read(unit: str) -> UnitEntry:
+        return UnitEntry.model_validate_json((folder / ENTRIES).read(f"{unit}.json"))
+
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return list(pool.map(read, sorted(committed_units(folder))))
+
+
+def has_plan(folder: Folder, plan: Plan) -> bool:
+    """Tell whether the cache here was begun under this very plan."""
+    return folder.read(PLAN) == to_json(plan)
 
 
 def finish(folder: Folder, plan: Plan, units: Sequence[str]) -> Manifest:

@@ -97,6 +97,11 @@ class Folder:
                 self.write(name, data)
         return True
 
+    def remove(self, name: str) -> None:
+        """Delete a file, where there is one."""
+        if self.exists(name):
+            self.filesystem.delete_file(f"{self.path}/{name}")
+
     def remove_temporaries(self) -> None:
         """Delete what killed writers left here.
 
