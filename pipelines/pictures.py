@@ -35,6 +35,8 @@ from udiff.data.storage import Folder, open_folder
 from udiff.settings import Settings
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from pipelines.stages.score import Score
 
 
@@ -186,12 +188,9 @@ def make_pictures(settings: PicturesSettings, plan: Plan) -> PrepareReport:
     cuts = run_tasks(_cut, arguments)
     if not has_plan(output, plan):
         _update(output, plan, source, dict(zip(plan.inputs, cuts, strict=True)))
-    schema = pictures_schema(settings.sizes[0], scores=settings.score.columns())
-    if settings.conversations:
-        schema = schema.append(conversation_field())
     write = WriteUnit(
         output,
-        schema=schema,
+        schema=pictures_fields(settings),
         buckets=plan.buckets,
         plan=plan.fingerprint,
         row_group_size=settings.row_group_size,
@@ -220,6 +219,12 @@ def _update(output: Folder, plan: Plan, source: Source, units: dict[str, list[Un
         return run_tasks(hash_unit, [(source, unit) for unit in changed])
 
     carry_over(output, plan, find_kept(output, plan, units, hash_units))
+
+
+def pictures_fields(settings: PicturesSettings) -> "pa.Schema":
+    """Describe the columns of the cache; of several sizes, those of the first."""
+    schema = pictures_schema(settings.sizes[0], scores=settings.score.columns())
+    return schema.append(conversation_field()) if settings.conversations else schema
 
 
 def _open(settings: PicturesSettings) -> Source:

@@ -28,10 +28,19 @@ class LatentSettings(Settings):
     """Shape of the latents."""
 
     channels: PositiveInt = 16
-    height: PositiveInt = 64
-    width: PositiveInt = 64
+    height: PositiveInt | None = 64
+    width: PositiveInt | None = 64
+    """null takes latents of any size, as caches of several aspect ratios hold them."""
     downscale: PositiveInt = 8
     """Pixels along a side of a latent element."""
+    side: PositiveInt = 64
+    """Where height and width are left open: of pictures that are read, and of those whose request
+    says no size."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of pictures that nothing else is said of."""
+        return self.height or self.side, self.width or self.side
 
 
 class TextSettings(Settings):

@@ -127,7 +127,7 @@ class Tasks:
         self, data: bytes, generator: torch.Generator, device: torch.device
     ) -> Float[Tensor, "channels height width"]:
         """Sample a picture's latent, as training did: not the mean of its distribution."""
-        size = self.latent.height * self.latent.downscale
+        size = min(self.latent.size) * self.latent.downscale
         square = torch.from_numpy(bicubic(open_picture(data), size).copy())
         autoencoder = self.autoencoder.on(device)
         moments = autoencoder.encode_moments(to_pixels(square[None].to(device)))
@@ -149,11 +149,11 @@ class Tasks:
             ValueError: it is not made of whole tokens, or has too many of them.
         """
         unit = self.latent.downscale
-        default = {"height": self.latent.height * unit, "width": self.latent.width * unit}
+        default = dict(zip(("height", "width"), self.latent.size, strict=True))
         token, most = unit * self.network.patch_size, self.network.max_size
         sides = []
         for name, side in default.items():
-            wanted = getattr(request, name) or side
+            wanted = getattr(request, name) or side * unit
             if wanted % token or wanted > token * most:
                 raise ValueError(
                     f"{name} must be a multiple of {token} up to {token * most}, got {wanted}"
