@@ -131,7 +131,7 @@ def _captions(
 def _compare(
     runs: dict[str, Callable[[], None]], rounds: int, device: torch.device
 ) -> dict[str, Any]:
-    """Time each, in turn; on a CPU by the processor's time, to which other processes add nothing."""
+    """Time each, in turn; on a CPU by the processor's time, which others do not slow."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
