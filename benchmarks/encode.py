@@ -12,6 +12,7 @@ import io
 import multiprocessing as mp
 import resource
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from PIL import Image
 
 from benchmarks.machine import record, spread
 from pipelines.rows import Row
-from pipelines.stages.encode_image import EncodeImage
+from pipelines.stages.encode_image import EncodeImage, PictureColumns, encode_moments
 from tests.made import draw_pictures
 from udiff.autoencoders.kl import KLAutoencoder
 from udiff.autoencoders.ldm import LDMArchitecture, LDMAutoencoder
@@ -41,9 +42,12 @@ def main() -> None:
     pictures = draw_pictures(BATCH_SIZE * options.batches, size)
     rows = [_row(picture) for picture in pictures]
     batches = [b.to(device) for b in torch.from_numpy(pictures).split(BATCH_SIZE)]
-    _encode_bare(autoencoder, batches[:1]), stage(rows[:BATCH_SIZE])
+    _encode_bare(autoencoder, batches[:1]), stage(rows[:BATCH_SIZE], (size, size))
     rounds = [
-        (_time(lambda: stage(rows)), _time(lambda: _encode_bare(autoencoder, batches)))
+        (
+            _time(lambda: stage(rows, (size, size))),
+            _time(lambda: _encode_bare(autoencoder, batches)),
+        )
         for _ in range(options.rounds)
     ]
     small, large = (_measure_memory(device, size, units) for units in (UNITS, 10 * UNITS))
@@ -64,9 +68,12 @@ def _make(device: str, size: int) -> tuple[EncodeImage, KLAutoencoder]:
     width = 128 if device == "cuda" else 32
     sizes = LDMArchitecture(width, (1, 1, 2, 2, 4), 2, 32, 32, (4,), (4,))
     autoencoder = KLAutoencoder(LDMAutoencoder(sizes)).eval().requires_grad_(False)
-    stage = EncodeImage(
-        autoencoder, device=device, size=size, batch_size=BATCH_SIZE, precision="fp32"
+    columns = PictureColumns(
+        ("latent_mean", "latent_logvar"),
+        partial(encode_moments, autoencoder.to(device)),
+        dtype="float16",
     )
+    stage = EncodeImage([columns], device=device, batch_size=BATCH_SIZE, precision="fp32")
     return stage, autoencoder
 
 
@@ -100,7 +107,8 @@ def _encode_units(device: str, size: int, units: int) -> int:
     torch.set_num_threads(1)
     stage, _ = _make(device, size)
     for unit in range(units):
-        stage([_row(picture) for picture in draw_pictures(2 * BATCH_SIZE, size, seed=unit)])
+        pictures = draw_pictures(2 * BATCH_SIZE, size, seed=unit)
+        stage([_row(picture) for picture in pictures], (size, size))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -21,6 +21,7 @@ from jobs.cluster import connect
 from jobs.console import make_parser, run_job
 from jobs.evaluate import evaluate
 from jobs.fashion_mnist import write_fashion_mnist
+from jobs.fetch_weights import fetch_lpips
 from jobs.prepare import prepare_latents, prepare_pictures
 from jobs.report import write_report
 from jobs.sample import label_names, sample_grid
@@ -30,7 +31,7 @@ from pipelines.pictures import PicturesSettings
 from pipelines.schedule import FailedUnitsError, PrepareReport
 from udiff.bundle import load_bundle
 from udiff.recipe import load_recipe
-from udiff.training.log import read_metrics
+from udiff.training.log import read_metrics, select_losses
 
 Facts = dict[str, Any]
 
@@ -55,7 +56,9 @@ class Demo:
             "shards": self._write_shards,
             "pictures": lambda: self._prepare_pictures("train", "pictures"),
             "held_out": lambda: self._prepare_pictures("held_out", "held_out"),
-            "autoencoder": self._train_autoencoder,
+            "weights": self._fetch_weights,
+            "autoencoder_stage1": self._train_autoencoder,
+            "autoencoder": self._finish_autoencoder,
             "latents": self._prepare_latents,
             "ddt": self._train_ddt,
             "samples": self._sample,
@@ -92,9 +95,21 @@ class Demo:
         )
         return _describe(prepare_pictures(settings))
 
+    def _fetch_weights(self) -> Facts:
+        return {"bytes": fetch_lpips().stat().st_size}
+
     def _train_autoencoder(self) -> Facts:
+        """Learn to reconstruct, which is quick; LPIPS, the game and alignment come after."""
+        pictures = f"data.cache={self.out / 'pictures'}"
+        return self._train("vavae/demo_stage1", "autoencoder_stage1", pictures)
+
+    def _finish_autoencoder(self) -> Facts:
         return self._train(
-            "kl_autoencoder/debug", "autoencoder", f"data.cache={self.out / 'pictures'}"
+            "vavae/demo_stage2",
+            "autoencoder",
+            f"data.cache={self.out / 'pictures'}",
+            f"initialize_from={self.out / 'autoencoder_stage1' / 'bundle'}",
+            f"objective.perceptual_path={fetch_lpips()}",
         )
 
     def _prepare_latents(self) -> Facts:
@@ -119,7 +134,7 @@ class Demo:
     def _train(self, recipe: str, folder: str, *overrides: str) -> Facts:
         run = self.out / folder
         report = train_recipe(load_recipe(recipe, overrides), run_folder=run, workers=self.workers)
-        losses = [row["loss"] for row in read_metrics(run)]
+        losses = [next(iter(select_losses(row).values())) for row in read_metrics(run)]
         return {
             "recipe": recipe,
             "num_steps": report.num_steps,

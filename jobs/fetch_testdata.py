@@ -18,6 +18,7 @@ from jobs.console import run_job
 FOLDER = Path(__file__).parents[1] / ".testdata"
 PILLOW = "pillow==13.0.0"
 PHOTOGRAPHS = "scikit-image==0.26.0"
+STOCK_PHOTOGRAPHS = "ai-benchmark==0.1.2"
 
 
 def fetch_pillow_images() -> Path:
@@ -36,6 +37,15 @@ def fetch_photographs() -> Path:
         A folder of pictures and other files.
     """
     return fetch_files(PHOTOGRAPHS, part="skimage/data")
+
+
+def fetch_stock_photographs() -> Path:
+    """Fetch a hundred photographs of animals and things, 512 x 512 pixels.
+
+    Returns:
+        A folder of JPEGs.
+    """
+    return fetch_files(STOCK_PHOTOGRAPHS, part="ai_benchmark/data/classification")
 
 
 def fetch_files(requirement: str, *, part: str, source: bool = False) -> Path:
@@ -67,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fetch_all() -> None:
-    for fetch in (fetch_pillow_images, fetch_photographs):
+    for fetch in (fetch_pillow_images, fetch_photographs, fetch_stock_photographs):
         print(fetch())
 
 

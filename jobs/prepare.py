@@ -190,6 +190,8 @@ def _add_latents(parser: argparse.ArgumentParser) -> None:
     add("latent", "means and log variances, or one draw of each", choices=["moments", "sample"])
     add("seed", "of the draws", type=int)
     add("dtype", "element type of the latents", choices=PACKED_DTYPES)
+    add("sliced", "encode one picture at a time", action="store_true")
+    add("tile", "encode larger pictures in overlapping squares of this side", type=int)
     add("flip", "encode mirrored pictures, too", action="store_true")
     for option, about, settings in (
         ("text", "encode texts; may be given again", TextSettings),

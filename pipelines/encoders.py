@@ -122,12 +122,15 @@ def _load_latent(
     settings: LatentsSettings, path: str, device: str
 ) -> tuple[PictureColumns, dict[str, JsonValue]]:
     autoencoder = load_autoencoder(path).to(device)
+    autoencoder.save_memory(sliced=settings.sliced, tile=settings.tile)
     made_by: dict[str, JsonValue] = {
         "autoencoder": autoencoder.fingerprint(),
         "dtype": _COMPUTED[settings.precision],
         "stored": settings.dtype,
         "content": settings.latent,
     }
+    if settings.tile is not None:
+        made_by["tile"] = settings.tile
     if settings.latent == "moments":
         moments = partial(encode_moments, autoencoder)
         return PictureColumns(("latent_mean", "latent_logvar"), moments, settings.dtype), made_by

@@ -106,6 +106,10 @@ class LatentsSettings(Settings):
     """Of the draws."""
     dtype: PackedDtype = "float16"
     """Element type of the latents."""
+    sliced: bool = False
+    """Encode one picture at a time; changes the last bits of the latents."""
+    tile: PositiveInt | None = None
+    """Side in pixels of the overlapping squares in which larger pictures are encoded."""
     flip: bool = False
     """Encode each picture with left and right exchanged, too: columns `<name>_flipped`."""
     texts: tuple[TextSettings, ...] = ()

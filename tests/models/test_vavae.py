@@ -123,6 +123,22 @@ def test_weights_go_in_and_out_bit_for_bit() -> None:
     assert back["loss.logvar"] == torch.tensor(0.1)
 
 
+def test_a_discriminator_that_no_loss_asks_is_kept() -> None:
+    recipe = _recipe(
+        "network={width: 32, multipliers: [1, 1], norm_groups: 32, latent_channels: 3}",
+        "objective.adversarial={num_layers: 3, generator_start: 101, discriminator_start: 100}",
+        "objective.alignment=null",
+    )
+    official = convert_out(recipe, _random_weights(recipe))["state_dict"]
+    config = official_config(recipe)
+    config["model"]["params"]["lossconfig"]["params"]["disc_factor"] = 0.0
+    keys, ours = convert_in({"state_dict": official}, config)
+    assert "adversarial" not in keys["objective"]
+    back = convert_out(Recipe.model_validate(keys), ours)["state_dict"]
+    assert back.keys() == official.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in official.items())
+
+
 def test_unknown_keys_are_named() -> None:
     checkpoint = _meta(INFERENCE[0]) | {"surplus.weight": torch.empty(1, device="meta")}
     del checkpoint["encoder.conv_out.bias"]

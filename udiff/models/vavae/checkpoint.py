@@ -24,6 +24,8 @@ KEYS = {
     "foundation_model.model.": f"{TRAINING}foundation.",
 }
 """Official prefix -> prefix in a bundle. What only training asks, and never changes, comes last."""
+IDLE_DISCRIMINATOR = f"{TRAINING}discriminator."
+"""Where a discriminator goes that no loss asks (officially `disc_factor: 0`)."""
 LOGVAR = "loss.logvar"
 
 
@@ -65,6 +67,8 @@ def convert_in(checkpoint: Mapping[str, Any], config: Mapping[str, Any] | None) 
     if config is None:
         keys["network"] = _infer_network(weights)
     recipe_keys = _fit_losses(keys, weights)
+    if "adversarial" not in recipe_keys["objective"]:
+        ours = {_rename_idle(key): tensor for key, tensor in ours.items()}
     with torch.device("meta"):
         modules = nn.ModuleDict(dict(Recipe.model_validate(recipe_keys).build().modules))
     learned = {key: tensor for key, tensor in ours.items() if not key.startswith(TRAINING)}
@@ -83,8 +87,9 @@ def convert_out(recipe: Recipe, weights: Mapping[str, Tensor]) -> dict[str, Any]
     learned = {key: tensor for key, tensor in weights.items() if not key.startswith(TRAINING)}
     check_weights(modules, learned, source="the bundle")
     back = {ours: official for official, ours in KEYS.items()}
+    back[IDLE_DISCRIMINATOR] = back["discriminator."]
     official = {_rename(key, back): tensor for key, tensor in weights.items()}
-    if recipe.objective.adversarial is not None:
+    if any(key.startswith("loss.discriminator.") for key in official):
         official[LOGVAR] = torch.tensor(recipe.objective.logvar)
     return {"state_dict": official}
 
@@ -93,6 +98,10 @@ def _rename(key: str, prefixes: Mapping[str, str]) -> str:
     """Exchange a key's prefix; empty where it has none of them."""
     found = next((old for old in prefixes if key.startswith(old)), None)
     return prefixes[found] + key.removeprefix(found) if found else ""
+
+
+def _rename_idle(key: str) -> str:
+    return f"{TRAINING}{key}" if key.startswith("discriminator.") else key
 
 
 def _infer_network(weights: Mapping[str, Tensor]) -> dict[str, Any]:
