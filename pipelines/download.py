@@ -22,7 +22,7 @@ from udiff.data.manifest import INDEX, Plan, UnitEntry, start_plan
 from udiff.data.storage import Folder, open_folder
 from udiff.settings import Settings
 
-_SHARD_DIGITS = 5
+_SHARD_DIGITS = 5  # at least, as in img2dataset; more where names would not sort else
 
 
 class DownloadSettings(Settings):
@@ -130,8 +130,9 @@ def _units(cuts: dict[str, Pieces]) -> list[Unit]:
     pieces = [
         piece for file, cut in cuts.items() for piece in zip(cut.names(file), cut.rows, strict=True)
     ]
+    digits = max(_SHARD_DIGITS, len(str(len(pieces) - 1)))
     return [
-        Unit(name=f"{number:0{_SHARD_DIGITS}d}", source=name, num_samples=rows)
+        Unit(name=f"{number:0{digits}d}", source=name, num_samples=rows)
         for number, (name, rows) in enumerate(pieces)
     ]
 

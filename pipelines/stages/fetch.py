@@ -9,6 +9,7 @@ import asyncio
 import errno
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from tempfile import SpooledTemporaryFile
 from typing import Annotated
 
@@ -51,7 +52,7 @@ class DiskError(RuntimeError):
 
 
 class FetchSettings(Settings):
-    """How pictures are asked for."""
+    """How pictures are asked for; never through a proxy, behind which no address can be checked."""
 
     timeout_s: PositiveFloat = 20.0
     """For one try of one picture, from its name's lookup to its last byte."""
@@ -82,6 +83,8 @@ def fetch(urls: Sequence[str], take: Take, settings: FetchSettings) -> list[Refu
         Per URL, None or why there is no picture; no later than the deadline.
     """
     loop = asyncio.new_event_loop()
+    # Looks names up, one a thread; the default has a few threads, for which hosts would queue.
+    loop.set_default_executor(ThreadPoolExecutor(settings.connections, "names"))
     try:
         return loop.run_until_complete(_fetch_all(urls, take, settings))
     finally:

@@ -136,8 +136,9 @@ def test_two_jobs_at_once_make_one_download(urls, cluster, undisturbed, tmp_path
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_bucket_is_as_good_as_a_disk(urls, cluster, undisturbed, bucket):
-    assert main(_arguments(urls, bucket)) == 0
-    stored = open_folder(bucket)
+    stored, lists = open_folder(bucket), bucket.replace("/folder?", "/lists?")
+    open_folder(lists).write(urls.name, urls.read_bytes())
+    assert main(_arguments(lists.replace("?", f"/{urls.name}?"), bucket)) == 0
     assert read_manifest(stored) == read_manifest(undisturbed)
     for name, content in _files(undisturbed).items():
         assert stored.read(name) == content

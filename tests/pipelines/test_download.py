@@ -10,12 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.download import DownloadChain, DownloadSettings, _cut, _units, plan_download
-from pipelines.pictures import PicturesSettings, plan_pictures
+from pipelines.pictures import PicturesChain, PicturesSettings, plan_pictures
+from pipelines.source import open_source
 from pipelines.stages.fetch import FetchSettings
+from pipelines.stages.write import WriteUnit
 from pipelines.stages.write_shard import WriteShard
 from pipelines.url_list import list_files
 from tests.faulty_server import GOOD, PASSING, PERMANENT, draw_jpeg, faulty_server
 from udiff.data.manifest import INDEX, finish, read_manifest
+from udiff.data.schema import pictures_schema
 from udiff.data.storage import open_folder
 
 FAULTS = [*GOOD, *PASSING, *PERMANENT, "truncated"]
@@ -135,7 +138,19 @@ def test_equal_answers_give_equal_bytes_in_whatever_order_they_come(shards, tmp_
 
 def test_prepare_takes_the_shards_as_they_are(shards, tmp_path):
     settings = PicturesSettings(input=str(shards), output=str(tmp_path), size=32)
-    assert list(plan_pictures(settings).inputs) == ["00000.tar", "00001.tar"]
+    plan, source, output = plan_pictures(settings), open_source(str(shards)), open_folder(tmp_path)
+    write = WriteUnit(output, schema=pictures_schema(32), plan=plan.fingerprint, row_group_size=256)
+    chain = PicturesChain(settings, source, write, made_by=None)
+    cuts = [source.cut(output, *shard, 1000) for shard in plan.inputs.items()]
+    for units in cuts:
+        chain(*units)
+    manifest = finish(output, plan, [unit.name for units in cuts for unit in units])
+    without_caption = sum(n % 7 == 3 for n in range(NUM_GOOD - 1))
+    assert manifest.images_in == NUM_GOOD
+    assert manifest.rejected == {
+        "decode/truncated": 1,
+        "read/missing_caption": without_caption,
+    }
 
 
 def test_another_policy_at_the_same_place_is_refused(shards, tmp_path):
