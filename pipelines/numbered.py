@@ -53,6 +53,8 @@ class CachedPictures:
         manifest = read_manifest(self.folder)
         if manifest.kind != "pictures":
             raise ValueError(f"{self.folder} is a cache of {manifest.kind}, pictures are wanted")
+        if manifest.buckets:
+            raise ValueError(f"{self.folder} holds pictures of several sizes, one is wanted")
         for file in manifest.files:
             yield Unit(Path(file.path).stem, file.path, file.rows)
 

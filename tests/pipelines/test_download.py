@@ -139,7 +139,9 @@ def test_equal_answers_give_equal_bytes_in_whatever_order_they_come(shards, tmp_
 def test_prepare_takes_the_shards_as_they_are(shards, tmp_path):
     settings = PicturesSettings(input=str(shards), output=str(tmp_path), size=32)
     plan, source, output = plan_pictures(settings), open_source(str(shards)), open_folder(tmp_path)
-    write = WriteUnit(output, schema=pictures_schema(32), plan=plan.fingerprint, row_group_size=256)
+    write = WriteUnit(
+        output, schema=pictures_schema((32, 32)), plan=plan.fingerprint, row_group_size=256
+    )
     chain = PicturesChain(settings, source, write, made_by=None)
     cuts = [source.cut(output, *shard, 1000) for shard in plan.inputs.items()]
     for units in cuts:
