@@ -81,13 +81,13 @@ def _round(folder: Path, number: int) -> dict[str, float]:
     files = sorted((out / "pictures" / "data").glob("*.parquet"))
     return {
         "pictures_jobs": pictures.images_per_s,
-        "pictures_plain": _plain(_store_pictures, shards, (out,)),
+        "pictures_plain": run_plain(_store_pictures, shards, (out,)),
         "latents_jobs": latents.images_per_s,
-        "latents_plain": _plain(_encode, files, (out, folder / "autoencoder")),
+        "latents_plain": run_plain(_encode, files, (out, folder / "autoencoder")),
     }
 
 
-def _plain(work: Any, sources: list[Path], arguments: tuple[Any, ...]) -> float:
+def run_plain(work: Any, sources: list[Path], arguments: tuple[Any, ...]) -> float:
     """Run a worker per process over its share of the sources; pictures per second of all."""
     context = mp.get_context("spawn")
     ready = context.Barrier(PROCESSES)

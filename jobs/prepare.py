@@ -167,6 +167,7 @@ def _add_recaption(parser: argparse.ArgumentParser) -> None:
     add("output", "folder or bucket URI of the cache")
     add("model", "hub id or folder of an image-text-to-text model of transformers")
     add("prompts", "what the model is asked; each gives captions of its own", nargs="*")
+    add("engine", "vllm needs that package", choices=["transformers", "vllm"])
     add("num-captions", "captions of each prompt", type=int)
     add("max-tokens", "of a caption", type=int)
     add("temperature", "of sampling; 0 takes the likeliest token", type=float)

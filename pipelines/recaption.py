@@ -3,6 +3,7 @@
 read -> caption -> sanity -> write, all in the actor that has the unit; a unit is one file.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,14 +12,18 @@ import pyarrow as pa
 from pydantic import Field, PositiveInt, model_validator
 
 from pipelines.picture_files import PictureFiles, open_pictures
-from pipelines.rows import Rows
+from pipelines.recaption_vllm import CAPTIONS, StoredCaptions, caption_units, check_installed
+from pipelines.rows import Row, Rows
 from pipelines.schedule import PrepareReport, Workers, run_units
 from pipelines.shards import Unit
 from pipelines.stages.write import WriteUnit
 from udiff.data.manifest import Plan, UnitEntry, start_plan
 from udiff.data.schema import recaption_field
-from udiff.data.storage import open_folder
+from udiff.data.storage import Folder, open_folder
 from udiff.settings import Fraction, Settings
+
+Caption = Callable[[str, Sequence[Row]], Rows]
+"""Captions the rows of a unit, whose name comes first."""
 
 
 class RecaptionSettings(Settings):
@@ -31,6 +36,8 @@ class RecaptionSettings(Settings):
     """Hub id or folder of an image-text-to-text model of transformers."""
     prompts: tuple[str, ...] = ()
     """Each gives captions of its own; models that do not chat begin every caption with it."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """`vllm` asks vLLM through `ray.data.llm`, where it is installed."""
     num_captions: PositiveInt = 1
     """Of each prompt; more than one must be sampled."""
     max_tokens: PositiveInt = 128
@@ -77,14 +84,19 @@ class RecaptionChain:
     def __init__(self, settings: RecaptionSettings, pictures: PictureFiles, plan: Plan) -> None:
         import torch
 
-        from pipelines.stages.recaption import Recaption, fingerprint_model, keep_sane
+        from pipelines.stages.recaption import Recaption, fingerprint_model
+        from pipelines.stages.sane import keep_sane
 
         torch.set_num_threads(settings.threads)
         torch.backends.cudnn.deterministic = True
         if fingerprint_model(settings.model) != plan.identity["recaption"]["model"]:
             raise ValueError(f"model {settings.model} is another one on this machine")
         self._pictures = pictures
-        self._caption = Recaption(settings, device="cuda" if settings.gpus else "cpu")
+        self._caption: Caption
+        if settings.engine == "vllm":
+            self._caption = StoredCaptions(_captions(settings, plan))
+        else:
+            self._caption = Recaption(settings, device="cuda" if settings.gpus else "cpu")
         self._check = partial(keep_sane, settings=settings)
         self._write = WriteUnit(
             open_folder(settings.output),
@@ -108,11 +120,14 @@ def plan_recaption(settings: RecaptionSettings) -> Plan:
 
     Raises:
         FileNotFoundError: there is no finished pictures cache at `input`.
-        ValueError: `input` holds no pictures, or there is another cache at `output`.
+        ValueError: `input` holds no pictures, there is another cache at `output`, or no such
+            engine here.
         OSError: there is no such model.
     """
     from pipelines.stages.recaption import fingerprint_model
 
+    if settings.engine == "vllm":
+        check_installed()
     pictures = open_pictures(settings.input)
     asked = settings.model_dump(mode="json", include=_DECIDES)
     recaption = {**asked, "model": fingerprint_model(settings.model)}
@@ -143,9 +158,11 @@ def make_recaptioned(settings: RecaptionSettings, plan: Plan) -> PrepareReport:
         ValueError: too many workers, or nothing that could be cached.
         FailedUnitsError: some units could not be made.
     """
-    pictures = open_pictures(settings.input)
+    pictures, settings = open_pictures(settings.input), settings.absolute()
+    if settings.engine == "vllm":
+        caption_units(settings, pictures, _captions(settings, plan))
     return run_units(
-        partial(RecaptionChain, settings.absolute(), pictures, plan),
+        partial(RecaptionChain, settings, pictures, plan),
         pictures.units(),
         folder=open_folder(settings.output),
         plan=plan,
@@ -154,6 +171,7 @@ def make_recaptioned(settings: RecaptionSettings, plan: Plan) -> PrepareReport:
 
 
 _DECIDES = {
+    "engine",
     "prompts",
     "num_captions",
     "max_tokens",
@@ -164,6 +182,11 @@ _DECIDES = {
     "min_captions",
     "precision",
 }
+
+
+def _captions(settings: RecaptionSettings, plan: Plan) -> Folder:
+    """Name the folder of vLLM's answers: none of an earlier plan's are taken."""
+    return open_folder(settings.output) / CAPTIONS / plan.fingerprint[:16]
 
 
 def _schema(pictures: PictureFiles) -> pa.Schema:

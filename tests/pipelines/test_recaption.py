@@ -1,6 +1,7 @@
 """Captions of a model, and which of them are kept."""
 
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,8 +13,9 @@ from pydantic import ValidationError
 
 from pipelines.picture_files import open_pictures
 from pipelines.recaption import RecaptionChain, RecaptionSettings, plan_recaption
+from pipelines.recaption_vllm import StoredCaptions, ask, collect
 from pipelines.rows import Reason, Refusal
-from pipelines.stages.recaption import Made, check_caption, find_repeated, keep_sane
+from pipelines.stages.sane import Made, check_caption, find_repeated, keep_sane
 from tests.captioner import COLORS, save_blip, save_captioner
 from tests.made import write_pictures
 from udiff.data.manifest import finish, read_manifest
@@ -106,6 +108,38 @@ def test_a_model_that_does_not_chat_goes_on_from_its_prompt(pictures, tmp_path):
     assert all(caption.startswith("a picture of") for caption in captions)
     free = _make(pictures, blip, tmp_path / "free", prompts=(), **how)
     assert any(free["recaption"].to_pylist())
+
+
+# ---------------------------------------------------------------- vLLM
+
+
+def test_without_vllm_its_engine_is_refused(pictures, captioner, tmp_path):
+    with pytest.raises(ValueError, match=r"pip install 'ray\[llm\]'"):
+        _make(pictures, captioner, tmp_path, engine="vllm")
+
+
+def test_answers_come_in_any_order_and_are_kept_per_unit(pictures, tmp_path):
+    files, folder = open_pictures(str(pictures)), open_folder(tmp_path)
+    settings = RecaptionSettings(
+        input="a", output="b", model="c", prompts=("what?", "where?"), num_captions=2, temperature=1
+    )
+    questions = [q for unit in files.units() for q in ask(settings, files, asdict(unit))]
+    assert len(questions) == 11 * 4
+    first = questions[0]["messages"][0]["content"]
+    assert first[0]["image_url"]["url"].startswith("data:image/png;base64,")
+    answers = [
+        {**q, "text": f"{q['row']} {q['messages'][0]['content'][1]['text']}", "ended": True}
+        for q in reversed(questions)
+    ]
+    sizes = {unit.name: (unit.num_samples, 4) for unit in files.units()}
+    collect(answers[:-1], sizes, folder)
+    assert folder.names() == (f"{files.units()[1].name}.json",)
+    collect(answers, sizes, folder)
+    unit = files.units()[0]
+    rows = StoredCaptions(folder)(unit.name, files.read(unit))
+    assert rows.kept[3]["made"] == [
+        Made(f"3 {q}", True) for q in ("what?", "what?", "where?", "where?")
+    ]
 
 
 # ---------------------------------------------------------------- sanity
