@@ -187,6 +187,7 @@ def _add_latents(parser: argparse.ArgumentParser) -> None:
     add = _adder(parser, LatentsSettings)
     add("input", "folder or bucket URI of a pictures cache")
     add("output", "folder or bucket URI of the cache")
+    add("update", "after pictures changed, encode only the files that did", action="store_true")
     add("autoencoder", "hub id, diffusers folder, or bundle; None for no latents")
     add("latent", "means and log variances, or one draw of each", choices=["moments", "sample"])
     add("seed", "of the draws", type=int)

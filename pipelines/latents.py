@@ -4,6 +4,7 @@ read -> encode -> write, all in the actor that has the unit; a unit is one file 
 columns of the pictures are carried along but the picture itself.
 """
 
+import hashlib
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,14 +12,24 @@ import pyarrow as pa
 
 from pipelines.latents_settings import LatentsSettings
 from pipelines.picture_files import PictureFiles, open_pictures
-from pipelines.schedule import PrepareReport, Workers, run_units
+from pipelines.schedule import PrepareReport, Workers, run_tasks, run_units
 from pipelines.shards import Unit
 from pipelines.stages.write import WriteUnit
-from udiff.data.manifest import Identity, Plan, UnitEntry, identity_difference, start_plan
-from udiff.data.storage import open_folder
+from pipelines.update import carry_over, find_kept
+from udiff.data.manifest import (
+    Identity,
+    Plan,
+    UnitEntry,
+    has_plan,
+    identity_difference,
+    start_plan,
+)
+from udiff.data.storage import Folder, open_folder
 
 if TYPE_CHECKING:
     from pipelines.encoders import Encoders
+
+_PICTURES = "pictures"
 
 
 class LatentsChain:
@@ -45,7 +56,9 @@ class LatentsChain:
     def __call__(self, unit: Unit) -> UnitEntry:
         """Carry a unit from its file to its commit."""
         size = self._pictures.size(self._pictures.bucket(unit))
-        return self._write(unit, self._encode(self._pictures.read(unit), size))
+        content = self._pictures.load(unit)
+        rows = self._encode(self._pictures.parse(unit, content), size)
+        return self._write(unit, rows, content=hashlib.sha256(content).hexdigest())
 
 
 def plan_latents(settings: LatentsSettings) -> Plan:
@@ -59,7 +72,7 @@ def plan_latents(settings: LatentsSettings) -> Plan:
     _check_sources(settings, pictures)
     encoders = _load_encoders(settings, "cpu")
     plan = _plan(settings, pictures, encoders)
-    start_plan(open_folder(settings.output), plan)
+    start_plan(open_folder(settings.output), plan, update=settings.update)
     return plan
 
 
@@ -70,13 +83,25 @@ def make_latents(settings: LatentsSettings, plan: Plan) -> PrepareReport:
         ValueError: too many workers, or nothing that could be cached.
         FailedUnitsError: some units could not be made.
     """
+    pictures, output = open_pictures(settings.input), open_folder(settings.output)
+    if not has_plan(output, plan):
+        carry_over(output, plan, _find_unchanged(output, plan, pictures))
     return run_units(
         partial(LatentsChain, settings.absolute(), plan),
-        open_pictures(settings.input).units(),
-        folder=open_folder(settings.output),
+        pictures.units(),
+        folder=output,
         plan=plan,
         workers=Workers(settings.workers, cpus=settings.threads, gpus=settings.gpus),
     )
+
+
+def _find_unchanged(output: Folder, plan: Plan, pictures: PictureFiles) -> set[str]:
+    """Find the units whose pictures, captions and other columns are what they were."""
+
+    def hash_units(units: list[Unit]) -> list[str]:
+        return run_tasks(PictureFiles.hash_file, [(pictures, unit) for unit in units])
+
+    return find_kept(output, plan, {_PICTURES: pictures.units()}, hash_units)
 
 
 def _load_encoders(settings: LatentsSettings, device: str) -> "Encoders":
@@ -123,7 +148,7 @@ def _plan(settings: LatentsSettings, pictures: PictureFiles, encoders: "Encoders
             "threads": settings.threads,
             "device": settings.device,
         },
-        inputs={"pictures": pictures.fingerprint()},
+        inputs={_PICTURES: pictures.fingerprint()},
         shapes=encoders.text_shapes() | ({} if buckets else shapes("")),
         buckets=buckets,
         class_names=manifest.class_names,

@@ -98,6 +98,9 @@ class LatentsSettings(Settings):
     input: str
     """Folder or bucket URI of the pictures cache."""
     output: str
+    update: bool = False
+    """Go on with a cache whose pictures have changed: encode only the files of pictures that are
+    other than they were."""
     autoencoder: str | None = None
     """Hub id, a diffusers folder, or a bundle of an autoencoder family; without one, no latents."""
     latent: Literal["moments", "sample"] = "moments"

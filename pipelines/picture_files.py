@@ -35,8 +35,15 @@ class PictureFiles:
         Raises:
             ValueError: the file is damaged, or has not the rows that the manifest says.
         """
-        with self.folder.open(unit.source) as file:
-            rows = pq.read_table(file).to_pylist()
+        return self.parse(unit, self.load(unit))
+
+    def load(self, unit: Unit) -> bytes:
+        """Read the bytes of a file, in one go."""
+        return self.folder.read(unit.source)
+
+    def parse(self, unit: Unit, content: bytes) -> list[Row]:
+        """Take the rows out of a file's bytes."""
+        rows = pq.read_table(pa.BufferReader(content)).to_pylist()
         if len(rows) != unit.num_samples:
             raise ValueError(
                 f"{self.folder}/{unit.source} holds {len(rows)} rows, the manifest says "
@@ -44,6 +51,10 @@ class PictureFiles:
             )
         bucket = self.bucket(unit)
         return [{**row, "bucket": bucket} for row in rows] if bucket else rows
+
+    def hash_file(self, unit: Unit) -> str:
+        """Tell a file's content from another's."""
+        return hashlib.sha256(self.load(unit)).hexdigest()
 
     def bucket(self, unit: Unit) -> str:
         """Name the bucket of a file's pictures; "" where all pictures are of one size."""

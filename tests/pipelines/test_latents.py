@@ -1,5 +1,7 @@
 """Every column that a latents cache can have, made of real pictures by small real encoders."""
 
+import shutil
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -11,10 +13,11 @@ from pipelines.latents import LatentsChain, plan_latents
 from pipelines.latents_settings import FeatureSettings, LatentsSettings
 from pipelines.picture_files import open_pictures
 from pipelines.stages.encode_image import EncodeImage
+from pipelines.update import carry_over, find_kept
 from tests.made import draw_pictures, save_autoencoder, save_t5, write_pictures
 from udiff.autoencoders.pixels import to_pixels
 from udiff.bundle import load_autoencoder
-from udiff.data.manifest import finish
+from udiff.data.manifest import committed_units, finish
 from udiff.data.schema import column_values
 from udiff.data.storage import open_folder
 from udiff.data.stream import Stream
@@ -190,6 +193,48 @@ def test_texts_of_another_encoder_are_not_continued(made, tmp_path):
     text = {"name": "t5", "encoder": "t5", "path": str(tmp_path / "other"), "max_tokens": 6}
     with pytest.raises(ValueError, match=r"identity\.t5\.encoder is .*t5\.max_tokens is 7"):
         plan_latents(_settings(made, tmp_path / "out", autoencoder=None, texts=[text]))
+
+
+def _update(settings):
+    """Do what `make_latents` does with `update`, without Ray; names the units that were made."""
+    pictures, folder, plan = (
+        open_pictures(settings.input),
+        open_folder(settings.output),
+        plan_latents(settings),
+    )
+    kept = find_kept(
+        folder, plan, {"pictures": pictures.units()}, lambda us: [pictures.hash_file(u) for u in us]
+    )
+    carry_over(folder, plan, kept)
+    chain, made = LatentsChain(settings, plan), []
+    for unit in pictures.units():
+        if unit.name not in committed_units(folder):
+            chain(unit)
+            made.append(unit.name)
+    finish(folder, plan, [unit.name for unit in pictures.units()])
+    return made
+
+
+def test_after_a_caption_changed_only_its_file_is_encoded_again(made, tmp_path):
+    drawn = draw_pictures(ROWS, 32)
+    write_pictures(tmp_path / "in", drawn, rows_per_file=5, captions=CAPTIONS)
+    paths = {"input": str(tmp_path / "in"), "update": True}
+    _make(_settings(made, tmp_path / "out", **paths))
+    changed = [CAPTIONS[n % 3] for n in range(ROWS)]
+    changed[7] = "a bus"
+    shutil.rmtree(tmp_path / "in")
+    write_pictures(tmp_path / "in", drawn, rows_per_file=5, captions=changed)
+    (plan := tmp_path / "in" / "plan.json").write_text(plan.read_text().replace("14", "15"))
+    with pytest.raises(ValueError, match=r"inputs\.pictures is"):
+        plan_latents(_settings(made, tmp_path / "out", **paths | {"update": False}))
+    assert _update(_settings(made, tmp_path / "out", **paths)) == ["00005"]
+    _make(_settings(made, tmp_path / "fresh", **paths))
+    updated, fresh = (
+        {file.relative_to(tmp_path / name): file.read_bytes()
+         for file in (tmp_path / name).rglob("*") if file.is_file()}
+        for name in ("out", "fresh")
+    )  # fmt: skip
+    assert updated == fresh
 
 
 def test_what_cannot_be_encoded_is_named(made, tmp_path):
