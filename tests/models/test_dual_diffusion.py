@@ -71,6 +71,7 @@ def _batch(rows: int = 6) -> dict[str, torch.Tensor]:
     batch: dict[str, torch.Tensor] = {}
     for part in ("image", "text"):
         batch[f"{part}.latent_mean"] = torch.randn(rows, 4, 8, 8, generator=generator)
+        batch[f"{part}.caption"] = torch.randn(rows, 12, 24, generator=generator)
         batch[f"{part}.latent_logvar"] = torch.full((rows, 4, 8, 8), -4.0)
         for name in ("caption", "recaption", "conversation"):
             ids = torch.randint(3, MASK, (rows, 12), generator=generator).int()
@@ -99,6 +100,7 @@ def _losses(system: System, batch=None, step: int = 0):
         ((ONLY_IMAGE, "objective.image.recaption_prob=0.5"), {"image_data_mse"}),
         (("objective.text.is_antithetic=false",), {"image_data_mse", "text_masked_nll"}),
         (("objective.text.padding=ignored",), {"image_data_mse", "text_masked_nll"}),
+        ((ONLY_IMAGE, "objective.image.states=cached"), {"image_data_mse"}),
         (("lora={rank: 2}",), {"image_data_mse", "text_masked_nll"}),
         ((ONLY_TEXT, "lora={rank: 2}"), {"text_masked_nll"}),
     ],

@@ -1,7 +1,8 @@
 """What a Dual Diffusion recipe can say, and the system that it makes."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 from torch import nn
@@ -82,6 +83,12 @@ class Recipe(FamilyRecipe):
     def sources(self) -> dict[str, DataSettings]:
         """The text loss may read a cache of its own."""
         return {} if self.text_data is None else {TEXT: self.text_data}
+
+    def cache_identity(self) -> Mapping[str, Mapping[str, Any]]:
+        """States of captions that were cached must be this text encoder's."""
+        if not self.objective.image.weight or self.objective.image.states != "cached":
+            return {}
+        return {"caption": {"encoder": load_t5(self.text_encoder).fingerprint()}}
 
     def build_network(self) -> DualDiffusion:
         """Make the network alone."""
