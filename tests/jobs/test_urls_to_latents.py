@@ -20,7 +20,7 @@ FAULTS = (*GOOD, *PASSING, *GOOD, *PERMANENT, "truncated")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    save_captioner(folder / "captioner", steps=0)
+    save_captioner(folder / "captioner")
     save_autoencoder(folder / "vae")
     return folder
 
