@@ -5,7 +5,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -109,7 +109,8 @@ class Folder:
         it fails.
         """
         for name in filter(_is_temporary, self._all_names()):
-            self.filesystem.delete_file(f"{self.path}/{name}")
+            with suppress(FileNotFoundError):  # its writer, or another job, has done it
+                self.filesystem.delete_file(f"{self.path}/{name}")
 
 
 def open_folder(location: str | Path) -> Folder:
