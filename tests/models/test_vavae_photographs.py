@@ -20,6 +20,7 @@ from jobs.sample import main as sample
 from jobs.train import train_recipe
 from pipelines.latents import LatentsSettings
 from tests.made import write_pictures
+from tests.photographs import crops_to_train_on, held_out_crops
 from tests.serve.conftest import find_free_port
 from tests.training.test_trainer import train
 from udiff.autoencoders.kl import KLAutoencoder
@@ -33,15 +34,13 @@ from udiff.training.log import read_metrics
 pytestmark = pytest.mark.long
 
 SIZE = 32
-HELD_OUT = 20
-"""Photographs that no training crop is from."""
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A cache of crops, and the debug VA-VAE trained on it for less than its recipe says."""
     folder = tmp_path_factory.mktemp("vavae")
-    write_pictures(folder / "pictures", crop_photographs(slice(HELD_OUT, None), 8))
+    write_pictures(folder / "pictures", crops_to_train_on(8, size=SIZE))
     overrides = [
         f"data.cache={folder / 'pictures'}",
         f"objective.perceptual_path={fetch_lpips()}",
@@ -53,25 +52,10 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
-def crop_photographs(which: slice, per_picture: int) -> np.ndarray:
-    """Cut squares out of photographs, each at a scale and a place of its own."""
-    draw = np.random.default_rng(0)
-    crops = []
-    for file in sorted(fetch_stock_photographs().glob("*.jpg"))[which]:
-        with Image.open(file) as photograph:
-            for _ in range(per_picture):
-                side = int(draw.integers(SIZE, photograph.width // 2))
-                left, top = draw.integers(0, [n - side for n in photograph.size])
-                box = (left, top, left + side, top + side)
-                square = photograph.convert("RGB").resize((SIZE, SIZE), box=box, reducing_gap=3)
-                crops.append(np.asarray(square))
-    return np.stack(crops)
-
-
 @torch.no_grad()
 def judge(autoencoder: KLAutoencoder) -> tuple[float, float]:
     """Measure PSNR and LPIPS of reconstructed held-out crops."""
-    images = torch.from_numpy(crop_photographs(slice(HELD_OUT), 4))
+    images = torch.from_numpy(held_out_crops(4, size=SIZE))
     pixels = to_pixels(images)
     latent = autoencoder.normalize(autoencoder.encode_moments(pixels).mean)
     made = autoencoder.decode(latent)
