@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from udiff.training.shard import local_parts
+
 STATES = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")
 
 
@@ -57,9 +59,10 @@ class Adan(Optimizer):
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in parameters if p.grad is not None]
         states = [self._state(p) for p in parameters]
-        m, v, n, negative = (tuple(state[name] for state in states) for name in STATES)
+        m, v, n, negative = (local_parts(state[name] for state in states) for name in STATES)
+        grads = local_parts(p.grad for p in parameters if p.grad is not None)
+        parameters = local_parts(parameters)
         b1, b2, b3 = group["betas"]
         difference = torch._foreach_add(grads, negative)
         torch._foreach_lerp_(m, grads, 1 - b1)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from udiff.settings import EmaSettings
+from udiff.training.shard import local_parts
 
 
 class Ema:
@@ -26,5 +27,5 @@ class Ema:
             decay = min(decay, (1 + step) / (10 + step))
         if step + 1 < self._settings.first_step:
             decay = 0.0
-        weights = [p.detach() for p in self._weights.values()]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+        averages = local_parts(self.averages.values())
+        torch._foreach_lerp_(averages, local_parts(self._weights.values()), 1 - decay)

@@ -36,6 +36,7 @@ def make_optimizer(
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
 
 

@@ -1,11 +1,13 @@
 """Spread modules over the ranks."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from udiff.settings import TrainSettings
@@ -42,6 +44,14 @@ def checkpoint_activations(unit: nn.Module) -> None:
     """Have a block keep nothing but its input for the backward pass, in place."""
     # The instance's `forward` alone: a wrapping module would change the names of the weights.
     unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
+
+
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """List what this rank holds of each tensor, as plain tensors that share its memory.
+
+    What is done element by element costs a tenth of the time on them that it does on DTensors.
+    """
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def set_gradient_sync(modules: list[nn.Module], needed: bool) -> None:
