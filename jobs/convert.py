@@ -5,7 +5,8 @@
     python -m jobs.convert --family dual_diffusion --checkpoint DIFFUSERS_FOLDER --out bundle
 
 Nothing is guessed: keys that are missing or unknown are an error that lists them, and a checkpoint
-that holds pickled objects other than tensors is refused. Tensors are the same bytes in both.
+that holds pickled objects other than tensors is refused. Tensors are the same bytes in both. Beside
+an official file lies the official YAML, of families that have one and recipes that it can say.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jobs.console import UserError, run_job
+from jobs.console import UserError, make_parser, one_line, run_job
 from udiff.bundle import RECIPE, TRAINING_WEIGHTS, WEIGHTS, resolve_encoders, save_bundle
 from udiff.recipe import families, load_recipe, parse_recipe
 from udiff.system import FamilyRecipe
@@ -78,6 +79,21 @@ def to_official(
     official = _official(recipe, weights, layout)
     _save(official, staged, is_safetensors=out.suffix == ".safetensors")
     staged.replace(out)
+    _write_config(recipe, out.with_suffix(".yaml"))
+
+
+def _write_config(recipe: FamilyRecipe, path: Path) -> None:
+    """Write the official YAML that goes with the weights, of families whose code reads one."""
+    official_config = getattr(_find_converter(recipe.family), "official_config", None)
+    if official_config is None:
+        return
+    try:
+        config = official_config(recipe)
+    except ValueError as error:
+        print(f"no configuration is written: {one_line(error)}")
+    else:
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        print(f"wrote {path}")
 
 
 def _write_folder(
@@ -166,11 +182,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("jobs.convert", __doc__)
     add = parser.add_argument
     add("--family", help="whose checkpoint it is; a bundle knows")
     add(

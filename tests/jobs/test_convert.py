@@ -119,6 +119,20 @@ def test_the_reference_checkpoint_comes_back_with_all_that_training_needs(tmp_pa
     assert official["global_step"] == source["global_step"]
 
 
+def test_the_official_configuration_lies_beside_the_weights_and_reads_back(tmp_path):
+    torch.save(_weights("ddt"), tmp_path / "in.ckpt")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(DDT))
+    given = ["--family", "ddt", "--checkpoint", str(tmp_path / "in.ckpt")]
+    config = ["--config", str(tmp_path / "config.yaml")]
+    bundle, back = str(tmp_path / "bundle"), tmp_path / "back.ckpt"
+    assert main([*given, *config, "--out", bundle]) == 0
+    assert main(["--to-official", "--checkpoint", bundle, "--out", str(back)]) == 0
+    config = ["--config", str(back.with_suffix(".yaml"))]
+    assert main(["--family", "ddt", "--checkpoint", str(back), *config, "--out", f"{bundle}2"]) == 0
+    first, second = (load_bundle(Path(folder)).recipe for folder in (bundle, f"{bundle}2"))
+    assert second == first.model_copy(update={"train": second.train})
+
+
 def test_missing_and_unknown_keys_are_named(tmp_path, capsys):
     weights = _weights("ddt")
     weights["blocks.0.norm9.weight"] = weights.pop("blocks.0.norm1.weight")

@@ -12,10 +12,12 @@ from udiff.diffusion.alignment import Projector
 from udiff.models.ddt.checkpoint import convert_in, convert_out, network_from_official
 from udiff.models.ddt.network import DDT
 from udiff.models.ddt.official_config import recipe_keys_from_official
-from udiff.recipe import load_recipe, parse_recipe
+from udiff.models.ddt.official_writer import official_config
+from udiff.recipe import load_recipe, parse_recipe, recipe_names, update_recipe
 from udiff.training.shard import checkpoint_activations
 from udiff.weights import WeightsError
 
+RECIPES = [name for name in recipe_names() if name.startswith("ddt/")]
 FULL_KEYS = json.loads((Path(__file__).parents[1] / "golden/cases/ddt/full_keys.json").read_text())
 TINY = {
     "cls": "DDT", "in_channels": 4, "patch_size": 2, "hidden_size": 32, "num_groups": 2,
@@ -160,6 +162,42 @@ def test_the_official_yaml_becomes_a_recipe():
 def test_what_no_published_recipe_uses_is_refused(old, new, message):
     with pytest.raises(ValueError, match=message):
         recipe_keys_from_official(yaml.safe_load(OFFICIAL_YAML.replace(old, new)))
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "ddt/debug"])
+def test_official_configurations_go_out_and_in(name):
+    recipe = load_recipe(name)
+    back = parse_recipe(recipe_keys_from_official(official_config(recipe)), source="test")
+    groups = set(type(recipe).model_fields) - {"train", "objective", "data"}
+    assert {name: getattr(back, name) for name in groups} == {
+        name: getattr(recipe, name) for name in groups
+    }
+    for key in ("images", "batch_size", "accumulate", "precision", "seed", "log_every"):
+        assert getattr(back.train, key) == getattr(recipe.train, key)
+    assert back.objective.alignment.teacher == recipe.objective.alignment.teacher
+
+
+def test_an_official_configuration_says_every_choice_of_the_sampler():
+    recipe = parse_recipe(recipe_keys_from_official(yaml.safe_load(OFFICIAL_YAML)), source="yaml")
+    changed = update_recipe(
+        recipe,
+        {
+            "sampling": {
+                "solver": "adams", "order": 3, "clock": "log_snr", "shift": 1.5,
+                "guidance_channels": [0, 4], "guidance_other_scale": 1.1,
+                "reuse": {"choice": "dynamic", "every": 3},
+            },
+            "objective": {"alignment": None, "dispersive": {"layer": 2}, "weight": "snr"},
+        },
+    )  # fmt: skip
+    back = parse_recipe(recipe_keys_from_official(official_config(changed)), source="test")
+    assert (back.sampling, back.objective) == (changed.sampling, changed.objective)
+
+
+def test_what_the_official_code_can_not_do_is_refused():
+    recipe = load_recipe("ddt/debug", ["objective.masked={}"])
+    with pytest.raises(ValueError, match="can't be said in an official configuration"):
+        official_config(recipe)
 
 
 def _checkpoint(*, compiled: bool, has_raw: bool, has_projector: bool) -> dict:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from udiff.diffusion.alignment import Projector
 from udiff.models.ddt.network import DDT, ImprovedDiT
 from udiff.models.ddt.official_config import architecture_keys, recipe_keys_from_official
+from udiff.models.ddt.official_writer import official_config
 from udiff.models.ddt.recipe import Recipe
 from udiff.weights import (
     TRAINING,
@@ -18,6 +19,8 @@ from udiff.weights import (
     strip_prefix,
     unwrap_weights,
 )
+
+__all__ = ["convert_in", "convert_out", "network_from_official", "official_config"]
 
 EMA, RAW, PROJECTOR = "ema_denoiser.", "denoiser.", "diffusion_trainer.proj.0."
 OPTIMIZER = f"{TRAINING}optimizer."

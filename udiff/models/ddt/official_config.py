@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from udiff.models.ddt.network import DDT, ImprovedDiT
 
 DDT_KINDS = {"DDT": DDT, "DiT": ImprovedDiT}
-_GUIDED_CHANNELS: dict[str, dict[str, Any]] = {
+GUIDED_CHANNELS: dict[str, dict[str, Any]] = {
     "simple_guidance_fn": {},
     "c3_guidance_fn": {"guidance_channels": [0, 3]},
     "p4_guidance_fn": {"guidance_channels": [4, None]},
@@ -16,22 +16,24 @@ _GUIDED_CHANNELS: dict[str, dict[str, Any]] = {
     "c4_p15_guidance_fn": {"guidance_channels": [0, 4], "guidance_other_scale": 1.15},
     "c4_p20_guidance_fn": {"guidance_channels": [0, 4], "guidance_other_scale": 1.20},
 }
-_SOLVERS = {"EulerSampler": "euler", "HeunSampler": "heun", "AdamLMSampler": "adams"}
-_STEPS = {
+SOLVERS = {"EulerSampler": "euler", "HeunSampler": "heun", "AdamLMSampler": "adams"}
+STEPS = {
     "ode_step_fn": "ode",
     "sde_step_fn": "sde",
     "sde_mean_step_fn": "sde_mean",
     "sde_preserve_step_fn": "sde_preserve",
 }
-_DIFFUSIONS = {"LinearScheduler": "linear", "ConstScheduler": "constant"}
-_CLOCKS = {"nop": "time", "t2snr": "snr", "t2isnr": "inverse_snr", "t2logsnr": "log_snr"}
-_WEIGHTS = {
+DIFFUSIONS = {"LinearScheduler": "linear", "ConstScheduler": "constant"}
+CLOCKS = {"nop": "time", "t2snr": "snr", "t2isnr": "inverse_snr", "t2logsnr": "log_snr"}
+WEIGHTS = {
     "constant": "constant",
     "inverse_sigma": "inverse_variance",
     "snr": "snr",
     "minsnr": "snr_at_least_5",
     "maxsnr": "snr_at_most_5",
 }
+TEACHERS = {"dinov2_vitb14": "vit_base_patch14_dinov2.lvd142m"}
+"""Timm's names of vision encoders, by those of torch hub."""
 _IGNORED_ARGUMENTS = ("cls", "learn_sigma", "deep_supervision", "weight_path", "load_ema")
 _NETWORK_ARGUMENTS = {
     "hidden_size": "dim",
@@ -80,7 +82,9 @@ def recipe_keys_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
         **keys,
         "latent": {"channels": channels, "height": height, "width": width},
         "autoencoder": _autoencoder(model),
-        "objective": objective_keys(trainer.name, trainer.arguments),
+        "objective": _with_teacher(
+            objective_keys(trainer.name, trainer.arguments), trainer.arguments
+        ),
         "optimizer": _optimizer(model, config.get("trainer", {})),
         "ema": {"decay": Instance.read(model["ema_tracker"]).arguments.get("decay", 0.9999)},
         "train": _train(config, data),
@@ -122,7 +126,7 @@ def objective_keys(trainer: str, arguments: Mapping[str, Any]) -> dict[str, Any]
     weight_fn = str(arguments.get("loss_weight_fn", "constant")).rpartition(".")[2]
     keys: dict[str, Any] = {
         "time": "logit_normal" if arguments.get("lognorm_t", False) else "uniform",
-        "weight": _pick(_WEIGHTS, weight_fn, "loss_weight_fn"),
+        "weight": _pick(WEIGHTS, weight_fn, "loss_weight_fn"),
         "label_dropout_prob": arguments.get("null_condition_p", 0.1),
     }
     layer, weight = arguments.get("align_layer", 8), arguments.get("feat_loss_weight", 0.5)
@@ -165,23 +169,30 @@ def sampling_keys(sampler: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     # The plain flow samplers, but for the multistep one, know no interval: not even 0 is left out.
     has_interval = solver == "AdamLMSampler" or "stateful" in sampler or "sharing" in sampler
     return {
-        "solver": _pick(_SOLVERS, solver, "diffusion_sampler"),
+        "solver": _pick(SOLVERS, solver, "diffusion_sampler"),
         "num_steps": arguments.get("num_steps", 250),
         "shift": arguments.get("timeshift", 1.0),
         "last_step": arguments.get("last_step"),
-        "step": _pick(_STEPS, str(step).rpartition(".")[2], "step_fn"),
-        "last": _pick(_STEPS, str(last).rpartition(".")[2], "last_step_fn"),
-        "diffusion": _pick(_DIFFUSIONS, scheduler.name, "w_scheduler"),
+        "step": _pick(STEPS, str(step).rpartition(".")[2], "step_fn"),
+        "last": _pick(STEPS, str(last).rpartition(".")[2], "last_step_fn"),
+        "diffusion": _pick(DIFFUSIONS, scheduler.name, "w_scheduler"),
         "order": arguments.get("order", 2),
-        "clock": _pick(_CLOCKS, clock, "lms_transform_fn"),
+        "clock": _pick(CLOCKS, clock, "lms_transform_fn"),
         "is_exact": arguments.get("exact_henu", False),
         "guidance_scale": arguments.get("guidance", 1.0),
         "guidance_interval": [low, high] if has_interval else None,
-        **_pick(_GUIDED_CHANNELS, guidance_fn, "guidance_fn"),
+        **_pick(GUIDED_CHANNELS, guidance_fn, "guidance_fn"),
         "reuse": {"every": every, "choice": "dynamic" if "sharing" in sampler else "fixed"}
         if every > 1
         else None,
     }
+
+
+def _with_teacher(objective: dict[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    path = str(arguments.get("encoder_weight_path")).rpartition("/")[2]
+    if "alignment" not in objective or path not in TEACHERS:
+        return objective  # features come from the cache
+    return {**objective, "alignment": {**objective["alignment"], "teacher": TEACHERS[path]}}
 
 
 def _check_null_label(model: Mapping[str, Any], num_classes: int) -> None:

@@ -1,39 +1,27 @@
 """What a DDT recipe can say, and the system that it makes."""
 
-from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
-from udiff.autoencoders.posterior import PosteriorLatents
+from udiff.class_conditional import LabelTask, LatentDenoiser
 from udiff.diffusion.compose import Composed, compose
 from udiff.diffusion.conditions import LabelDropout
 from udiff.diffusion.path import LinearPath
 from udiff.models.ddt.network import DDT, ImprovedDiT
 from udiff.models.ddt.objective import make_flow_matching
-from udiff.models.ddt.sampler import make_guidance, make_sampler, normals_from
+from udiff.models.ddt.sampler import make_guidance, make_sampler
 from udiff.models.ddt.settings import (
     DDTSampling,
     LatentSettings,
     NetworkSettings,
     ObjectiveSettings,
 )
-from udiff.samplers.reuse import RefreshPlan
+from udiff.samplers.normals import normals_from
 from udiff.samplers.times import time_grid
 from udiff.settings import AutoencoderSettings, OptimizerSettings
-from udiff.system import FamilyRecipe, Phase, Sampling, System, Task
-
-
-class ClassToImage(BaseModel):
-    """A request for one picture of a class; what is left open comes from the recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    label: Annotated[int, Field(ge=0)]
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    num_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+from udiff.system import FamilyRecipe, Sampling, System
 
 
 class Recipe(FamilyRecipe):
@@ -63,33 +51,23 @@ class Recipe(FamilyRecipe):
     def build(self) -> System:
         """Make network, objective and task."""
         denoiser = self.build_network()
-        composed = self._compose()
-        objective = PosteriorLatents(
-            composed.objective, *self.autoencoder.statistics(self.latent.channels)
+        sampling = self.sampling
+        task = LabelTask(
+            self._begin,
+            num_classes=self.num_classes,
+            num_steps=sampling.num_steps,
+            guidance_scale=sampling.guidance_scale,
+            has_null_label=True,
+            identity=sampling,
+            reuse=sampling.reuse,
         )
-        reuse = self.sampling.reuse
-        plan = RefreshPlan(denoiser, reuse) if reuse else None
-        start = partial(self._start, plan)
-        return System(
-            modules={"denoiser": denoiser, **composed.modules},
-            phases=(
-                Phase(
-                    "denoiser",
-                    modules=("denoiser", *composed.modules),
-                    draw=objective.draw,
-                    loss=partial(objective, denoiser),
-                    optimizer=self.optimizer,
-                ),
-            ),
-            columns=("latent_mean", "latent_logvar", "label", *composed.columns),
+        return LatentDenoiser(
+            denoiser,
             shard_units=tuple(denoiser.blocks),
-            ema_modules=("denoiser",),
-            tasks={
-                "class_to_image": Task(
-                    "class_to_image", ClassToImage, start, denoiser, example={"label": 0}
-                )
-            },
-        )
+            composed=self._compose(),
+            statistics=self.autoencoder.statistics(self.latent.channels),
+            optimizer=self.optimizer,
+        ).make(task)
 
     def build_network(self) -> DDT | ImprovedDiT:
         """Make the network alone."""
@@ -113,25 +91,6 @@ class Recipe(FamilyRecipe):
             num_tokens=(self.latent.height // patch) * (self.latent.width // patch),
             path=LinearPath(),
             masked=self.objective.masked,
-        )
-
-    def _start(
-        self, plan: RefreshPlan | None, request: ClassToImage, *, device: torch.device
-    ) -> Sampling:
-        if request.label >= self.num_classes:
-            raise ValueError(f"label must be in 0..{self.num_classes - 1}, got {request.label}")
-        num_steps = request.num_steps or self.sampling.num_steps
-        scale = request.guidance_scale
-        scale = self.sampling.guidance_scale if scale is None else scale
-        begin = partial(self._begin, num_steps=num_steps, scale=scale, device=device)
-        sampling = begin(request.label, request.seed)
-        if plan is None:
-            return sampling
-        key = (num_steps, scale, self.sampling, device)
-        return plan.apply(
-            sampling,
-            key=key,
-            begin=lambda number, seed: begin(number % self.num_classes, seed),
         )
 
     def _begin(

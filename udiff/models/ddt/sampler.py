@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -162,12 +161,3 @@ def make_guidance(settings: DDTSampling, scale: float) -> Guidance:
         first_channel=first,
         other_scale=settings.guidance_other_scale,
     )
-
-
-def normals_from(
-    seed: int, shape: tuple[int, ...], device: torch.device
-) -> Iterator[Float[Tensor, "..."]]:
-    """Draw normals without end, on the CPU: a seed gives the same picture on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randn(shape, generator=generator).to(device)

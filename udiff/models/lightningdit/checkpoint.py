@@ -16,9 +16,12 @@ from udiff.models.lightningdit.official_config import (
     architecture_keys,
     recipe_keys_from_official,
 )
+from udiff.models.lightningdit.official_config import official_config
 from udiff.models.lightningdit.recipe import Recipe, make_network
 from udiff.models.lightningdit.settings import LatentSettings, NetworkSettings
 from udiff.weights import Converted, WeightsError, check_weights, strip_prefix, unwrap_weights
+
+__all__ = ["convert_in", "convert_out", "network_from_official", "official_config"]
 
 MODULE = "denoiser."
 
@@ -60,7 +63,7 @@ def convert_out(recipe: Recipe, weights: Mapping[str, Tensor]) -> dict[str, Any]
     """Write weights of a bundle as the official training code does.
 
     `ema` is what official sampling reads, `model` what official training starts from. The YAML that
-    goes with them is `official_config.official_config`.
+    goes with them is `official_config`.
     """
     own = strip_prefix(weights, MODULE)
     with torch.device("meta"):

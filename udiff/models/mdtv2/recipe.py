@@ -1,14 +1,12 @@
 """What an MDTv2 (or MDT) recipe can say, and the system that it makes."""
 
-from collections.abc import Iterator
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
-from torch import Tensor, nn
+from pydantic import Field, PositiveInt, model_validator
+from torch import nn
 
-from udiff.autoencoders.posterior import PosteriorLatents
+from udiff.class_conditional import ClassToImage, LabelTask, LatentDenoiser
 from udiff.diffusion.compose import Composed, compose
 from udiff.diffusion.conditions import LabelDropout
 from udiff.diffusion.gaussian import NoiseSchedule, linear_betas, spaced_timesteps
@@ -36,20 +34,15 @@ from udiff.models.mdtv2.settings import (
 )
 from udiff.samplers.ddim import ddim
 from udiff.samplers.ddpm import ddpm
-from udiff.samplers.reuse import RefreshPlan
+from udiff.samplers.normals import normals_from
 from udiff.settings import AutoencoderSettings, OptimizerSettings
-from udiff.system import FamilyRecipe, Guidance, Phase, Sampling, Steps, System, Task
+from udiff.system import FamilyRecipe, Guidance, Sampling, Steps, System
 
 
-class ClassToImage(BaseModel):
-    """A request for one picture of a class; what is left open comes from the recipe."""
+class SpacedClassToImage(ClassToImage):
+    """A request for one picture of a class; steps are some of the process's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    label: Annotated[int, Field(ge=0)]
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     num_steps: Annotated[int, Field(ge=2, le=NUM_TIMESTEPS)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
 
 
 class Recipe(FamilyRecipe):
@@ -77,32 +70,25 @@ class Recipe(FamilyRecipe):
         """Make network, objective and task."""
         denoiser = self.build_network()
         objective, learned = self._objective()
-        composed = self._compose(objective)
-        latents = PosteriorLatents(
-            composed.objective, *self.autoencoder.statistics(self.latent.channels)
+        sampling = self.sampling
+        task = LabelTask(
+            self._begin,
+            num_classes=self.num_classes,
+            num_steps=sampling.num_steps,
+            guidance_scale=sampling.guidance_scale,
+            has_null_label=self.objective.label_dropout_prob > 0,
+            identity=sampling,
+            reuse=sampling.reuse,
+            request=SpacedClassToImage,
         )
-        reuse = self.sampling.reuse
-        plan = RefreshPlan(denoiser, reuse) if reuse else None
-        start = partial(self._start, plan)
-        phase = Phase(
-            "denoiser",
-            modules=("denoiser", *composed.modules),
-            draw=latents.draw,
-            loss=partial(latents, denoiser),
-            optimizer=self.optimizer,
-        )
-        return System(
-            modules={"denoiser": denoiser, **learned, **composed.modules},
-            phases=(phase,),
-            columns=("latent_mean", "latent_logvar", "label", *composed.columns),
+        return LatentDenoiser(
+            denoiser,
             shard_units=denoiser.all_blocks,
-            ema_modules=("denoiser",),
-            tasks={
-                "class_to_image": Task(
-                    "class_to_image", ClassToImage, start, denoiser, example={"label": 0}
-                )
-            },
-        )
+            composed=self._compose(objective),
+            statistics=self.autoencoder.statistics(self.latent.channels),
+            optimizer=self.optimizer,
+            kept=learned,
+        ).make(task)
 
     def build_network(self) -> MaskedTransformer:
         """Make the network alone."""
@@ -166,24 +152,6 @@ class Recipe(FamilyRecipe):
         assert low is not None
         return UniformMaskRatio(low, width) if width else FixedMaskRatio(low)
 
-    def _start(
-        self, plan: RefreshPlan | None, request: ClassToImage, *, device: torch.device
-    ) -> Sampling:
-        num_steps = request.num_steps or self.sampling.num_steps
-        scale = self.sampling.guidance_scale
-        if request.guidance_scale is not None:
-            scale = request.guidance_scale
-        self._check_request(request.label, scale)
-        begin = partial(self._begin, num_steps=num_steps, scale=scale, device=device)
-        sampling = begin(request.label, request.seed)
-        if plan is None:
-            return sampling
-        return plan.apply(
-            sampling,
-            key=(num_steps, scale, self.sampling, device),
-            begin=lambda number, seed: begin(number % self.num_classes, seed),
-        )
-
     def _begin(
         self, label: int, seed: int, *, num_steps: int, scale: float, device: torch.device
     ) -> Sampling:
@@ -195,27 +163,11 @@ class Recipe(FamilyRecipe):
             guidance=Guidance(schedule=schedule, channels=self.sampling.guidance_channels),
         )
 
-    def _check_request(self, label: int, scale: float) -> None:
-        if label >= self.num_classes:
-            raise ValueError(f"label must be in 0..{self.num_classes - 1}, got {label}")
-        if scale != 1 and not self.objective.label_dropout_prob:
-            raise ValueError(
-                "guidance_scale must be 1 for a network without null label "
-                f"(objective.label_dropout_prob: 0), got {scale}"
-            )
-
     def _steps(self, seed: int, num_steps: int, device: torch.device) -> Steps:
         sampling = self.sampling
         process = self._process().spaced(spaced_timesteps(NUM_TIMESTEPS, str(num_steps)))
-        normals = self._normals(seed, device)
+        latent = self.latent
+        normals = normals_from(seed, (latent.channels, latent.height, latent.width), device)
         if sampling.sampler == "ddpm":
             return ddpm(next(normals), process, normals=normals, clip=sampling.clip)
         return ddim(next(normals), process, normals=normals, eta=sampling.eta, clip=sampling.clip)
-
-    def _normals(self, seed: int, device: torch.device) -> Iterator[Tensor]:
-        # Drawn on the CPU, so that a seed gives the same picture on every device.
-        generator = torch.Generator().manual_seed(seed)
-        latent = self.latent
-        shape = (latent.channels, latent.height, latent.width)
-        while True:
-            yield torch.randn(shape, generator=generator).to(device)
