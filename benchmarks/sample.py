@@ -23,7 +23,7 @@ from udiff.recipe import update_recipe
 from udiff.samplers.ticks import drive
 from udiff.system import FamilyRecipe, Task
 
-DYNAMIC = (2, 3, 5, 8)
+DYNAMIC = range(2, 9)
 GUIDED = {
     "ddt": ("sampling.guidance_interval=null",),
     "lightningdit": ("sampling.guidance_interval=[0.0, 1.0]",),

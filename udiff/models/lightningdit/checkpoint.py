@@ -14,9 +14,9 @@ from udiff.models.lightningdit.network import LightningDiT
 from udiff.models.lightningdit.official_config import (
     PUBLISHED_SIZES,
     architecture_keys,
+    official_config,
     recipe_keys_from_official,
 )
-from udiff.models.lightningdit.official_config import official_config
 from udiff.models.lightningdit.recipe import Recipe, make_network
 from udiff.models.lightningdit.settings import LatentSettings, NetworkSettings
 from udiff.weights import Converted, WeightsError, check_weights, strip_prefix, unwrap_weights
