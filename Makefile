@@ -47,5 +47,6 @@ golden: setup ## reference vectors of a folder: make golden GOLDEN=DIR
 bench: setup ## the figures of benchmarks/README.md
 	$(BIN)/python -m benchmarks.train_loop
 	$(BIN)/python -m benchmarks.prepare
+	$(BIN)/python -m benchmarks.read_decode
 	$(BIN)/python -m benchmarks.download
 	$(BIN)/python -m benchmarks.resume

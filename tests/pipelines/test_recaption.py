@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from pipelines.latents import LatentsChain, plan_latents
+from pipelines.latents_settings import LatentsSettings
 from pipelines.picture_files import open_pictures
 from pipelines.recaption import RecaptionChain, RecaptionSettings, plan_recaption
 from pipelines.recaption_vllm import StoredCaptions, ask, collect
 from pipelines.rows import Reason, Refusal
+from pipelines.stages.recaption import fingerprint_model
 from pipelines.stages.sane import Made, check_caption, find_repeated, keep_sane
 from tests.captioner import COLORS, save_blip, save_captioner
-from tests.made import write_pictures
+from tests.made import save_autoencoder, write_pictures
 from udiff.data.manifest import finish, read_manifest
 from udiff.data.storage import open_folder
 
@@ -63,6 +66,23 @@ def test_captions_say_what_the_picture_shows_and_the_original_is_kept(
     assert manifest.kind == "pictures"
     assert manifest.identity["recaption"]["prompts"] == [PROMPT]
     assert manifest.images_in == manifest.num_rows == 11
+
+
+def test_latents_carry_the_captions_on(pictures, captioner, tmp_path):
+    made = _make(pictures, captioner, tmp_path / "recaptioned")
+    save_autoencoder(tmp_path / "vae")
+    settings = LatentsSettings(
+        input=str(tmp_path / "recaptioned"),
+        output=str(tmp_path / "latents"),
+        autoencoder=str(tmp_path / "vae"),
+    )
+    plan = plan_latents(settings)
+    chain, units = LatentsChain(settings, plan), open_pictures(settings.input).units()
+    for unit in units:
+        chain(unit)
+    manifest = finish(open_folder(settings.output), plan, [unit.name for unit in units])
+    assert pq.read_table(tmp_path / "latents" / "data")["recaption"] == made["recaption"]
+    assert manifest.identity["recaption"]["model"] == fingerprint_model(captioner)
 
 
 def test_sampled_captions_are_several_and_the_same_again(pictures, captioner, tmp_path):
