@@ -18,6 +18,7 @@ import yaml
 from jobs.cluster import connect
 from jobs.console import UserError
 from jobs.dataset import main, plan_dataset
+from jobs.inspect import main as inspect
 from tests.captioner import save_captioner
 from tests.faulty_server import GOOD, PASSING, PERMANENT, faulty_server
 from tests.made import save_autoencoder, save_t5
@@ -90,7 +91,7 @@ def arguments(tmp_path_factory):
         },
     }
     (folder / "settings.yaml").write_text(yaml.safe_dump(keys))
-    faults = [*GOOD, *PASSING, *PERMANENT]
+    faults = [*GOOD, *PASSING, "truncated", *PERMANENT]
     with faulty_server() as url:
         urls = [f"{url}/{faults[n % len(faults)]}/{n}" for n in range(NUM_URLS)]
         table = pa.table({"url": urls, "caption": [f"text {n}" for n in range(NUM_URLS)]})
@@ -107,14 +108,19 @@ def undisturbed(arguments, cluster, tmp_path_factory):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_rows_in_are_rows_out_and_rejected_at_every_step(undisturbed):
+def test_rows_in_are_rows_out_and_rejected_at_every_step(undisturbed, tmp_path):
     manifests = [read_manifest(open_folder(str(undisturbed / step))) for step in STEPS]
     assert manifests[0].images_in == NUM_URLS
     for before, manifest in zip([None, *manifests], manifests, strict=False):
         assert manifest.images_in == manifest.num_rows + sum(manifest.rejected.values())
         assert before is None or manifest.images_in == before.num_rows
+    assert manifests[1].rejected.keys() == {"decode/truncated"}
     assert manifests[2].rejected.keys() == {"dedup/duplicate"}
     assert manifests[4].num_rows > 10
+    for step in STEPS:
+        page = tmp_path / f"{step}.html"
+        assert inspect(["--input", str(undisturbed / step), "--page", str(page)]) == 0
+        assert page.stat().st_size > 1000
 
 
 @pytest.mark.long
