@@ -265,6 +265,13 @@ def test_fixed_tokens_stay_and_every_mask_goes(fixed, num_steps, method, seed):
         seen = known
 
 
+def test_a_task_moves_to_a_device_as_a_whole(recipe):
+    task = recipe().build().tasks["image_to_text"]
+    task.network.to("meta")
+    assert all(tensor.is_meta for tensor in task.network.state_dict().values())
+    assert "mask_row.weight" in task.network.state_dict()
+
+
 @pytest.fixture
 def bundle(recipe, tmp_path):
     save_random_bundle(tmp_path / "bundle", recipe(), seed=2)

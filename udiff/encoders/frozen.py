@@ -1,6 +1,7 @@
 """Networks that losses and samplers ask and nobody trains."""
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,12 +20,14 @@ class Frozen(Generic[N]):
     def __init__(self, load: Callable[[], N]) -> None:
         self._load = load
         self._network: N | None = None
+        self._loading = Lock()
 
     def on(self, device: torch.device) -> N:
         """Give the network itself, on a device."""
-        if self._network is None:
-            self._network = self._load().eval().requires_grad_(False)
-        return self._network.to(device)
+        with self._loading:  # a server asks from several threads
+            if self._network is None:
+                self._network = self._load().eval().requires_grad_(False)
+            return self._network.to(device)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Ask the network, on the device of what it is asked."""

@@ -43,7 +43,8 @@ class T5(nn.Module):
         """Cut texts into tokens and an end token, at most `max_tokens`; pads short ones."""
         ids = torch.full((len(texts), max_tokens), self.pad_id)
         for row, text in zip(ids, texts, strict=True):
-            found = self.tokenizer(text, truncation=True, max_length=max_tokens).input_ids
+            # Cut here: told to cut, the tokenizer changes its own state, which threads must not.
+            found = [*self.tokenize_bare(text)[: max_tokens - 1], self.end_id]
             row[: len(found)] = torch.tensor(found)
         return ids
 

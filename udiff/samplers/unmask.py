@@ -15,9 +15,9 @@ Race = Callable[[Bool[Tensor, " tokens"]], Float[Tensor, "masked vocab"]]
 """Gives numbers from [0, 1), a row for each token that is still masked."""
 
 
-def mask_times(num_steps: int) -> Float[Tensor, " times"]:
+def mask_times(num_steps: int, last_time: float = LAST_TIME) -> Float[Tensor, " times"]:
     """Space the times of a sampling evenly from 1 (all masked) to almost 0."""
-    return torch.linspace(1, LAST_TIME, num_steps + 1)
+    return torch.linspace(1, last_time, num_steps + 1)
 
 
 def unmask(
@@ -29,6 +29,7 @@ def unmask(
     race: Race,
     method: Literal["cached", "plain"] = "cached",
     fill_rest: bool = True,
+    last_time: float = LAST_TIME,
 ) -> Steps:
     """Uncover a text's tokens step by step; each keeps what it was first found to be.
 
@@ -45,10 +46,11 @@ def unmask(
             are not told the time), and takes the time itself as the chance of a mask; `plain` asks
             at every step, and takes the schedule's chance.
         fill_rest: after the steps, ask once more and take the likeliest token of each mask left.
+        last_time: where the steps end.
     """
     x = torch.where(is_fixed, ids, mask_id)
-    times = mask_times(num_steps)
-    step = (1 - LAST_TIME) / num_steps
+    times = mask_times(num_steps, last_time)
+    step = (1 - last_time) / num_steps
     chance = mask_chance if method == "plain" else _itself
     probs: Tensor | None = None
     for t in times[:-1]:

@@ -29,6 +29,9 @@ FRESH_IN_LAST_BLOCK = ("attn.to_add_out.", "ff_context.")
 def network_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Turn official constructor arguments, or a diffusers `config.json`, into our network's.
 
+    What SD3.5 has besides (`dual_attention_layers`, `qk_norm`) is ignored, as officially; weights
+    of it are refused.
+
     Raises:
         WeightsError: they describe a transformer that Dual Diffusion has none of.
     """
@@ -36,8 +39,6 @@ def network_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, allowed in (
         ("caption_projection_dim", (dim,)),
         ("out_channels", (config["in_channels"], None)),
-        ("dual_attention_layers", ((), [], None)),
-        ("qk_norm", (None,)),
     ):
         if config.get(name, allowed[0]) not in allowed:
             raise WeightsError(f"{name} must be {allowed[0]}, got {config[name]}")

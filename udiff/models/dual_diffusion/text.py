@@ -22,7 +22,7 @@ class TextStates:
 
     def __init__(self, encoder: Frozen[T5], mask_row: MaskRow, *, mask_id: int) -> None:
         self._encoder = encoder
-        self._mask_row = mask_row
+        self.mask_row = mask_row
         self._mask_id = mask_id
         self._dropped: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -31,7 +31,7 @@ class TextStates:
     ) -> Float[Tensor, "batch tokens text_dim"]:
         """Find the states; the row stands where the mask's id does."""
         encoder = self._encoder.on(ids.device)
-        return encoder.encode_embedded(self._mask_row(encoder.embed(ids), ids == self._mask_id))
+        return encoder.encode_embedded(self.mask_row(encoder.embed(ids), ids == self._mask_id))
 
     def of_captions(self, batch: Batch, draws: Draws) -> Float[Tensor, "batch tokens text_dim"]:
         """Find the states of `caption_tokens`; dropped captions have those of a blank."""
@@ -84,6 +84,7 @@ class TextNetwork(nn.Module):
     def __init__(self, denoiser: nn.Module, states: TextStates, *, mask_id: int) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.mask_row = states.mask_row  # so that it moves along
         self._states = states
         self._mask_id = mask_id
 

@@ -20,7 +20,7 @@ from udiff.data.squares import bicubic
 from udiff.models.dual_diffusion.sampler import Levels, descend, make_guidance, noise_levels
 from udiff.models.dual_diffusion.text import TextNetwork
 from udiff.samplers.ticks import drive
-from udiff.samplers.unmask import mask_times, unmask
+from udiff.samplers.unmask import LAST_TIME, mask_times, unmask
 from udiff.system import Guidance, Query, Sampling, Steps
 
 
@@ -62,8 +62,8 @@ def _sample_pictures(
 ) -> dict[str, Tensor]:
     network, call = load_network(case), case.config["call"]
     levels = noise_levels(
-        FlowMatchEulerDiscreteScheduler(**case.config["scheduler"]),
-        num_steps=call["num_inference_steps"],
+        FlowMatchEulerDiscreteScheduler(**case.config.get("scheduler", {"shift": 3.0})),
+        num_steps=call.get("num_inference_steps", 28),
         num_tokens=latents.shape[-2] * latents.shape[-1] // network.patch_size**2,
         sigmas=call.get("sigmas"),
         mu=call.get("mu"),
@@ -74,7 +74,7 @@ def _sample_pictures(
             watch(descend(noise, levels), lambda q, a, kept=kept: kept.append((q, a))),
             {"text": prompt},
             {"text": negative},
-            make_guidance(call["guidance_scale"]),
+            make_guidance(call.get("guidance_scale", 7.0)),
         )
         for noise, prompt, negative, kept in zip(latents, prompts, negatives, visited, strict=True)
     ]
@@ -107,7 +107,7 @@ def text(case: Case) -> Outputs:
 def pipeline_image_to_text(case: Case) -> Outputs:
     given, call = case.inputs, case.config["call"]
     picture = Image.fromarray(given["image_uint8"].numpy())
-    square = torch.from_numpy(bicubic(picture, call["resolution"]).copy())
+    square = torch.from_numpy(bicubic(picture, call.get("resolution", 512)).copy())
     pixels = to_pixels(square[None])
     autoencoder = load_autoencoder(case)
     raw = autoencoder.encode_moments(pixels).sample(given["posterior_noise"])
@@ -119,7 +119,7 @@ def pipeline_image_to_text(case: Case) -> Outputs:
 def _sample_texts(case: Case, latents: Tensor) -> dict[str, Tensor]:
     config, given = case.config, case.inputs
     call = config.get("call", {})
-    num_steps = config.get("num_steps", call.get("num_inference_steps"))
+    num_steps = config.get("num_steps", call.get("num_inference_steps", 64))
     mask_id = config["mask_index"]
     states, _, _ = text_states(case)
     rows = [_TextRow(case, row, num_steps) for row in range(len(given["ids"]))]
@@ -140,7 +140,7 @@ def _sample_texts(case: Case, latents: Tensor) -> dict[str, Tensor]:
         ),
         "logp_first": dense_log_probs(first_logits, first_x, mask_id),
         "num_model_calls": torch.tensor(len(calls)),
-        "timesteps": mask_times(num_steps),
+        "timesteps": mask_times(num_steps, config.get("eps", LAST_TIME)),
     }
 
 
@@ -167,6 +167,7 @@ class _TextRow:
             race=race,
             method={"ddpm_cache": "cached", "ddpm": "plain"}[config.get("sampler", "ddpm_cache")],
             fill_rest=self._fills_rest,
+            last_time=config.get("eps", LAST_TIME),
         )
         self.steps = watch(steps, lambda query, answer: self.asked.append((query, answer)))
 

@@ -47,7 +47,9 @@ def _image_flow(null: Tensor, dropout: float) -> ImageFlow:
 def loss_image(case: Case) -> Outputs:
     network, given = load_network(case), case.inputs
     objective = _image_flow(given["null_embeds"], case.config["text_dropout"])
-    rng = given_rng(given["noise"], given["z_logit_normal"], given["dropout_uniform"])
+    z = given["z_logit_normal"] * case.config.get("logit_std", 1.0)
+    z = z + case.config.get("logit_mean", 0.0)
+    rng = given_rng(given["noise"], z, given["dropout_uniform"])
     batch = {"latent": given["latents"], "text": given["text_embeds"]}
     seen: dict[str, Tensor] = {}
 
@@ -93,7 +95,10 @@ def _masked_text(case: Case, states: TextStates) -> MaskedText:
         partial(bind_text_head, states),
         mask_id=config["mask_index"],
         column="text",
-        times=MaskTimes(is_antithetic=config.get("antithetic_sampling", True)),
+        times=MaskTimes(
+            is_antithetic=config.get("antithetic_sampling", True),
+            minimum=config.get("sampling_eps", 1e-3),
+        ),
         padding="ignored" if config.get("ignore_padding") else "learned",
     )
 
