@@ -21,7 +21,7 @@ from jobs.cluster import connect
 from jobs.console import make_parser, run_job
 from jobs.evaluate import evaluate
 from jobs.fashion_mnist import write_fashion_mnist
-from jobs.fetch_weights import fetch_lpips
+from jobs.fetch_weights import FetchError, fetch_lpips
 from jobs.prepare import prepare_latents, prepare_pictures
 from jobs.report import write_report
 from jobs.sample import label_names, sample_grid
@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="(default: runs/demo)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     options = parser.parse_args(arguments)
-    return run_job(lambda: _run(options), failures=(TrainingError, FailedUnitsError))
+    return run_job(lambda: _run(options), failures=(FetchError, TrainingError, FailedUnitsError))
 
 
 if __name__ == "__main__":

