@@ -124,7 +124,7 @@ class DropChain:
 
     def __init__(self, settings: DedupSettings, pictures: PictureFiles, plan: Plan) -> None:
         output = open_folder(settings.output)
-        self._pictures, self._duplicates = pictures, output / DUPLICATES
+        self._pictures, self._duplicates = pictures, _duplicates(output, plan)
         self._write = WriteUnit(
             output,
             schema=pictures.schema(),
@@ -212,10 +212,9 @@ def decide(
 ) -> None:
     """Find out what is dropped, unless that is known; on the running Ray, nothing here."""
     output = open_folder(settings.output)
-    if (output / DUPLICATES).exists(DECISION):
-        known = json.loads((output / DUPLICATES).read(DECISION))
-        if known["plan"] == plan.fingerprint:
-            return
+    duplicates = _duplicates(output, plan)
+    if duplicates.exists(DECISION):
+        return
     files, rule = _files(output / SIGNATURES, pictures, signed), settings.rule()
     num_rows = files.starts[-1]
     num_parts = math.ceil(num_rows / settings.part_rows)
@@ -226,19 +225,21 @@ def decide(
         for part in range(num_parts)
     ]
     write = ray.remote(max_retries=2)(_write_decision)
-    ray.get(write.remote(output / DUPLICATES, files, plan.fingerprint, found))
+    ray.get(write.remote(duplicates, files, found))
 
 
-def _write_decision(
-    folder: Folder, files: Files, plan: str, found: Sequence["ray.ObjectRef[Pairs]"]
-) -> None:
+def _write_decision(folder: Folder, files: Files, found: Sequence["ray.ObjectRef[Pairs]"]) -> None:
     dropped, kept = resolve(ray.get(list(found)))
     for path, table in drop_lists(files, dropped, kept):
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         folder.write(Path(path).name, sink.getvalue())
-    decision = {"plan": plan, "dropped": len(dropped)}
-    folder.write(DECISION, json.dumps(decision, indent=1).encode())
+    folder.write(DECISION, json.dumps({"dropped": len(dropped)}).encode())
+
+
+def _duplicates(output: Folder, plan: Plan) -> Folder:
+    """Name the folder of the decision: none of an earlier plan is taken for it."""
+    return output / DUPLICATES / plan.fingerprint[:16]
 
 
 def _read_drops(folder: Folder, unit: Unit) -> dict[int, str]:

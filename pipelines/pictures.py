@@ -116,10 +116,8 @@ class PicturesChain:
     def __init__(
         self, settings: PicturesSettings, source: Source, write: WriteUnit, *, made_by: JsonValue
     ) -> None:
-        filters, draft = (
-            settings.filters,
-            2 * max(map(max, settings.sizes)) if settings.jpeg == "draft" else None,
-        )
+        filters, largest = settings.filters, max(map(max, settings.sizes))
+        draft = 2 * largest if settings.jpeg == "draft" else None
         num_classes = len(settings.class_names or source.class_names) or None
         self._source = source
         talks = (take_conversation,) if settings.conversations else ()

@@ -73,7 +73,8 @@ def test_other_parts_and_a_lost_half_make_the_same_cache(pictures, tmp_path):
     settings = DedupSettings(input=str(pictures), output=str(other), part_rows=5, workers=1)
     prepare_dedup(settings)
     assert _files(one) == _files(other)
-    for lost in ("duplicates/decision.json", "units/00004.json", "manifest.json"):
+    next(other.glob("duplicates/*/decision.json")).unlink()
+    for lost in ("units/00004.json", "manifest.json"):
         (other / lost).unlink()
     (other / "signatures" / "units" / "00008.json").unlink()
     assert prepare_dedup(settings).units_done == 1
@@ -86,6 +87,7 @@ def test_another_method_at_the_same_place_is_refused(pictures, tmp_path, capsys)
     assert "14 cached" in capsys.readouterr().out
     assert main(arguments) == 2
     assert 'identity.dedup.method is "exact"' in capsys.readouterr().err
-    assert json.loads((tmp_path / "duplicates" / "decision.json").read_text())["dropped"] == 3
+    decision = next(tmp_path.glob("duplicates/*/decision.json"))
+    assert json.loads(decision.read_text())["dropped"] == 3
     assert main([*arguments, "--method", "embedding"]) == 2
     assert "clip names the model" in capsys.readouterr().err
