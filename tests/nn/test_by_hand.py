@@ -4,10 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
-from torch.nn.functional import gelu
 from torch.testing import assert_close
 
-from udiff.nn.feed_forward import GeluTanh, gelu_tanh
 from udiff.nn.heads import RotaryHeads, rotary_heads, split_heads
 from udiff.nn.norm import AffineRMS, ModulatedRMSNorm, RMSNorm, modulate
 from udiff.nn.rotary import RotaryTable, rotary_table, rotate
@@ -70,9 +68,3 @@ def test_turned_heads_are_heads_normalized_and_turned(per_sample: bool, normaliz
     assert_close(found.q, rotate(q_norm(q), positions))
     assert_close(found.k, rotate(k_norm(k), positions))
     assert_close(found.v, v)
-
-
-def test_gelu_and_its_gradient():
-    x = torch.linspace(-12, 12, 97, dtype=torch.double, requires_grad=True)
-    assert gradcheck(GeluTanh.apply, (x,))
-    assert_close(gelu_tanh(x), gelu(x, approximate="tanh"))

@@ -10,9 +10,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, addcmul, nn
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
 
-from udiff.nn.feed_forward import gelu_tanh
 from udiff.nn.heads import rotary_heads, split_heads
 from udiff.nn.norm import ModulatedLayerNorm, ModulatedRMSNorm, RMSNorm
 from udiff.nn.patch import patchify
@@ -150,7 +149,7 @@ class GeluFeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Apply to each token by itself."""
-        return self.fc2(gelu_tanh(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from udiff.nn.feed_forward import gelu_tanh
 from udiff.nn.norm import ModulatedLayerNorm
 from udiff.nn.timestep import timestep_features
 
@@ -138,7 +137,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
         """Apply to each token by itself."""
-        return self.fc2(gelu_tanh(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
 
 
 class BlockSizes(NamedTuple):
