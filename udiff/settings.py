@@ -116,6 +116,9 @@ class DataSettings(Settings):
     """Row groups that are shuffled together."""
     lanes: PositiveInt = 8
     """Places of the epoch that are read side by side; part of the sample order."""
+    flip: bool = False
+    """Exchange left and right of every other sample, by chance: takes the columns that
+    `jobs.prepare latents --flip` made, and mirrors pictures."""
     class_names: tuple[str, ...] = ()
     """Names of the labels in their order; taken from the cache where the recipe names none."""
 

@@ -1,6 +1,7 @@
 """Every column that a latents cache can have, made of real pictures by small real encoders."""
 
 import shutil
+from itertools import islice
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from pipelines.update import carry_over, find_kept
 from tests.made import draw_pictures, save_autoencoder, save_t5, write_pictures
 from udiff.autoencoders.pixels import to_pixels
 from udiff.bundle import load_autoencoder
-from udiff.data.manifest import committed_units, finish
+from udiff.data.manifest import committed_units, finish, read_manifest
 from udiff.data.schema import column_values
 from udiff.data.storage import open_folder
 from udiff.data.stream import Stream
@@ -134,6 +135,45 @@ def test_mirrored_pictures_have_latents_of_their_own(made, tmp_path):
         autoencoder = load_autoencoder(str(made / "autoencoder"))
         wanted = autoencoder.encode_moments(to_pixels(pictures.flip(2))).mean
     np.testing.assert_allclose(_column(tmp_path, "latent_mean_flipped"), wanted, atol=5e-3)
+
+
+def _latents_by_key(folder, settings, count=3, **ranks):
+    stream = Stream(open_folder(folder), read_manifest(folder), ("latent_mean", "image"), settings)
+    batches = stream.batches(0, batch_size=ROWS, seed=5, **ranks)
+    taken = list(islice(batches, count))
+    batches.close()
+    return taken
+
+
+def test_training_takes_the_mirrored_picture_of_every_other_sample(made, tmp_path):
+    _make(_settings(made, tmp_path, texts=[], flip=True, keep_image=True))
+    plain, flipped = (
+        _latents_by_key(tmp_path, DataSettings(flip=flip), count=8) for flip in (False, True)
+    )
+    share = []
+    autoencoder = load_autoencoder(str(made / "autoencoder"))
+    for one, other in zip(plain, flipped, strict=True):
+        assert set(one) == set(other)
+        for before, after in zip(one["image"], other["image"], strict=True):
+            share.append(not torch.equal(before, after))
+            assert torch.equal(after, before.flip(1)) or torch.equal(after, before)
+        with torch.inference_mode():
+            wanted = autoencoder.encode_moments(to_pixels(other["image"])).mean
+        torch.testing.assert_close(other["latent_mean"].float(), wanted, atol=5e-3, rtol=0)
+    assert 0.3 < np.mean(share) < 0.7
+    halves = [
+        _latents_by_key(tmp_path, DataSettings(flip=True), rank=rank, world_size=2)
+        for rank in range(2)
+    ]
+    for step in range(3):
+        dealt = torch.stack([half[step]["latent_mean"] for half in halves], 1).flatten(0, 1)
+        assert torch.equal(dealt, flipped[step]["latent_mean"])
+
+
+def test_flipping_needs_mirrored_columns(made, tmp_path):
+    manifest = _make(_settings(made, tmp_path, texts=[]))
+    with pytest.raises(ValueError, match=r"data\.flip needs columns .* latents --flip"):
+        Stream(open_folder(tmp_path), manifest, ("latent_mean",), DataSettings(flip=True))
 
 
 def test_samples_are_draws_of_the_posteriors_and_the_same_every_time(made, tmp_path):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from udiff.data.manifest import Manifest
 from udiff.data.order import BatchPlan, SampleOrder
-from udiff.data.schema import row_column
+from udiff.data.schema import FLIPPED, row_column
 from udiff.data.storage import Folder
-from udiff.data.window import Columns, RowGroup, WindowReader
+from udiff.data.window import Batch, Columns, RowGroup, WindowReader
 from udiff.settings import DataSettings
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class Stream:
         self, cache: Folder, manifest: Manifest, columns: tuple[str, ...], settings: DataSettings
     ) -> None:
         self._cache = cache
-        self._columns = find_columns(cache, manifest, columns)
+        self._columns = find_columns(cache, manifest, columns, flip=settings.flip)
         self._settings = settings
         names = sorted({file.bucket for file in manifest.files})
         self._buckets = [_Bucket(manifest, name) for name in names]
@@ -54,6 +54,9 @@ class Stream:
             while True:
                 place = plan.batch(step)
                 batch = readers[place.bucket].read(place.start + rows)
+                if self._settings.flip:
+                    chances = np.random.default_rng([seed, step]).random(batch_size)
+                    batch = flip(batch, chances[rows] < 0.5)
                 yield {name: _to_tensor(values) for name, values in batch.items()}
                 step += 1
 
@@ -127,8 +130,28 @@ def _to_tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values))
 
 
-def find_columns(cache: Folder, manifest: Manifest, names: tuple[str, ...]) -> Columns:
+def flip(batch: Batch, is_flipped: np.ndarray) -> Batch:
+    """Take what was made of the mirrored picture where `is_flipped`, and mirror pictures there."""
+    chosen = {}
+    for name, values in batch.items():
+        if name.endswith(FLIPPED):
+            continue
+        other = values[:, :, ::-1] if name == "image" else batch.get(f"{name}{FLIPPED}")
+        where = is_flipped.reshape(-1, *[1] * (values.ndim - 1))
+        chosen[name] = values if other is None else np.where(where, other, values)
+    return chosen
+
+
+def find_columns(
+    cache: Folder, manifest: Manifest, names: tuple[str, ...], *, flip: bool = False
+) -> Columns:
     """Find out how the columns that training wants are stored.
+
+    Args:
+        cache: where they are.
+        manifest: of the cache.
+        names: of the columns.
+        flip: add the columns that were made of the mirrored picture.
 
     Raises:
         ValueError: the cache has no rows, or not all of the columns.
@@ -145,4 +168,10 @@ def find_columns(cache: Folder, manifest: Manifest, names: tuple[str, ...]) -> C
             f"data.cache {cache} is a cache of {manifest.kind}: it has no column "
             f"{', '.join(missing)}"
         )
-    return Columns(plain, texts)
+    mirrored = tuple(f"{name}{FLIPPED}" for name in plain if f"{name}{FLIPPED}" in known)
+    if flip and not mirrored and "image" not in plain:
+        raise ValueError(
+            f"data.flip needs columns of mirrored pictures, which data.cache {cache} has not: "
+            "make it with `python -m jobs.prepare latents --flip`"
+        )
+    return Columns((*plain, *mirrored) if flip else plain, texts)
