@@ -33,7 +33,8 @@ class OptimusSettings(Settings):
     encoder: TransformerSettings = TransformerSettings(vocab_size=28_996, num_positions=512)
     decoder: TransformerSettings = TransformerSettings(vocab_size=50_260, num_positions=1024)
     """The last three of its tokens are the filler, the start and the end."""
-    dropout: float = 0.1
+    dropout: float = 0.0
+    """Drawn outside of a step's draws: a resumed run with dropout is another one."""
 
 
 class TextMoments(NamedTuple):
@@ -88,6 +89,8 @@ class OptimusDecoder(nn.Module):
             attn_pdrop=dropout,
             embd_pdrop=dropout,
             resid_pdrop=dropout,
+            bos_token_id=None,
+            eos_token_id=None,
         )
         self.transformer = GPT2Model(config)
         self.memory = nn.Linear(latent_dim, sizes.depth * sizes.dim, bias=False)

@@ -1,10 +1,12 @@
 """Optimus's files: the official layout both ways, and loading what the family `optimus` trained."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 import yaml
+from jaxtyping import Float, Int64
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -82,14 +84,30 @@ class TextAutoencoder(nn.Module):
         self.optimus = optimus
         self.tokenizer = tokenizer
 
-    def encode_ids(self, ids: Tensor) -> Tensor:
-        """Encode ids (texts, tokens) of the tokenizer to latents (texts, latent): the means."""
-        return self.optimus.encoder(ids).mean
+    @property
+    def width(self) -> int:
+        """Length of a latent."""
+        return self.optimus.encoder.linear.out_features // 2
 
-    def encode(self, texts: list[str]) -> Tensor:
-        """Encode texts to latents (texts, latent)."""
+    def tokenize(
+        self, texts: Sequence[str], max_tokens: int
+    ) -> Int64[Tensor, "texts {max_tokens}"]:
+        """Cut texts into word pieces, start and end among the `max_tokens`; fills up with 0."""
+        return self.tokenizer.encode(texts, max_pieces=max_tokens - 2)
+
+    def count_tokens(self, ids: Int64[Tensor, "texts tokens"]) -> Int64[Tensor, " texts"]:
+        """Count what has a state: one, the latent."""
+        return torch.ones(len(ids), dtype=torch.int64)
+
+    def encode(self, ids: Int64[Tensor, "texts tokens"]) -> Float[Tensor, "texts 1 latent"]:
+        """Encode ids to latents, the means, as one token each."""
+        return self.optimus.encoder(ids).mean[:, None]
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "texts latent"]:
+        """Encode texts to latents."""
         device = next(self.optimus.parameters()).device
-        return self.encode_ids(self.tokenizer.encode(texts).to(device))
+        return self.encode(self.tokenizer.encode(texts).to(device))[:, 0]
 
     def decode(self, latent: Tensor, *, seed: int, temperature: float = 1.0, top_k: int = 0,
                top_p: float = 1.0) -> str:  # fmt: skip

@@ -1,14 +1,15 @@
 """Texts for Optimus: word pieces of BERT's cased vocabulary, byte pairs of GPT-2's."""
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
 
 from udiff.weights import WeightsError
 
@@ -107,6 +108,56 @@ class OptimusTokenizer:
         (folder / DECODER_MERGES).write_text("\n".join(merges) + "\n", encoding="utf-8")
 
 
+class OptimusTokens(nn.Module):
+    """Texts -> ids alone, for caches that Optimus itself is trained on."""
+
+    def __init__(self, cut: Callable[[Sequence[str], int], Tensor], fill: int, about: str) -> None:
+        """Take what cuts texts to a length, what fills them up, and what is hashed."""
+        super().__init__()
+        self._cut, self._fill, self._about = cut, fill, about
+
+    @classmethod
+    def of_pieces(cls, tokenizer: OptimusTokenizer) -> "OptimusTokens":
+        """Cut texts for the encoder."""
+        return cls(
+            lambda texts, length: tokenizer.encode(texts, max_pieces=length - 2),
+            0,
+            json.dumps(tokenizer.pieces),
+        )
+
+    @classmethod
+    def of_labels(cls, tokenizer: OptimusTokenizer) -> "OptimusTokens":
+        """Cut texts for the decoder."""
+        return cls(
+            lambda texts, length: tokenizer.encode_labels(texts, max_tokens=length),
+            tokenizer.pad_id,
+            json.dumps([tokenizer.byte_pairs, tokenizer.merges]),
+        )
+
+    @property
+    def width(self) -> int:
+        """Nothing: there are no states."""
+        return 0
+
+    def tokenize(
+        self, texts: Sequence[str], max_tokens: int
+    ) -> Int64[Tensor, "texts {max_tokens}"]:
+        """Cut texts, start and end among the `max_tokens`; short ones are filled up."""
+        return self._cut(texts, max_tokens)
+
+    def count_tokens(self, ids: Int64[Tensor, "texts tokens"]) -> Int64[Tensor, " texts"]:
+        """Count the tokens of each text."""
+        return (ids != self._fill).sum(1)
+
+    def encode(self, ids: Int64[Tensor, "texts tokens"]) -> Float[Tensor, "texts tokens 0"]:
+        """Find no states."""
+        return torch.empty(*ids.shape, 0)
+
+    def fingerprint(self) -> str:
+        """Hash the vocabulary."""
+        return hashlib.sha256(self._about.encode()).hexdigest()
+
+
 def load_optimus_tokenizer(folder: str | Path) -> OptimusTokenizer:
     """Read a folder with BERT's `vocab.txt`, GPT-2's `vocab.json` and `merges.txt`.
 
@@ -132,15 +183,23 @@ def load_optimus_tokenizer(folder: str | Path) -> OptimusTokenizer:
 
 def train_optimus_tokenizer(texts: Sequence[str], *, num_tokens: int) -> OptimusTokenizer:
     """Learn small vocabularies from texts, in place of the published ones."""
-    from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    words = BertWordPieceTokenizer(lowercase=False, strip_accents=False)
-    words.train_from_iterable((t.lower() for t in texts), vocab_size=num_tokens, min_frequency=1)
-    pairs = ByteLevelBPETokenizer()
-    pairs.train_from_iterable((f" {t}" for t in texts), vocab_size=num_tokens, min_frequency=2)
-    state = json.loads(pairs.to_str())["model"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
-    return OptimusTokenizer(words.get_vocab(), state["vocab"], merges)
+    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=num_tokens, special_tokens=special)
+    words.train_from_iterator([text.lower() for text in texts], trainer)
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    pairs.train_from_iterator(
+        [f" {text}" for text in texts],
+        trainers.BpeTrainer(vocab_size=num_tokens, initial_alphabet=alphabet),
+    )
+    merges = [(first, second) for first, second in json.loads(pairs.to_str())["model"]["merges"]]
+    return OptimusTokenizer(words.get_vocab(), pairs.get_vocab(), merges)
 
 
 def _filled(rows: Sequence[Sequence[int]], length: int, pad: int) -> Tensor:
