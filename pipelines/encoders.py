@@ -20,13 +20,16 @@ from pipelines.stages.encode_image import (
 )
 from pipelines.stages.encode_text import EncodeText
 from pipelines.stages.write import TextColumn
+from udiff.autoencoders.optimus_checkpoint import TextAutoencoder, load_text_autoencoder
+from udiff.autoencoders.optimus_text import OptimusTokens, load_optimus_tokenizer
 from udiff.bundle import load_autoencoder
 from udiff.data.manifest import Identity
 from udiff.data.schema import FLIPPED, tensor_field, text_fields
+from udiff.encoders.clip import CLIPContexts, load_clip
 from udiff.encoders.dinov2 import DINOv2, load_dinov2
 from udiff.encoders.t5 import T5, load_t5
 from udiff.encoders.text import TextEncoder
-from udiff.settings import T5Settings
+from udiff.settings import EncoderSettings, T5Settings
 
 Shapes = Mapping[str, tuple[int, ...]]
 _COMPUTED = {"fp32": "float32", "bf16": "bfloat16"}
@@ -105,7 +108,7 @@ def load_encoders(settings: LatentsSettings, *, device: str) -> Encoders:
         columns, identity["latent"] = _load_latent(settings, settings.autoencoder, device)
         pictures.append(columns)
     for feature in settings.features:
-        vision = load_dinov2(feature.path).to(device)
+        vision = _load_vision(feature).to(device)
         pictures.append(feature_columns(feature, vision))
         identity[feature.name] = _feature_identity(settings, feature, vision)
     if settings.flip:
@@ -138,17 +141,19 @@ def _load_latent(
     return PictureColumns(("latent",), sample, settings.dtype), {**made_by, "seed": settings.seed}
 
 
-def feature_columns(feature: FeatureSettings, encoder: DINOv2) -> PictureColumns:
+def feature_columns(feature: FeatureSettings, encoder: DINOv2 | CLIPContexts) -> PictureColumns:
     """Describe the column that a vision encoder makes."""
 
     def encode(images: Images, _: Sequence[Row]) -> dict[str, Tensor]:
+        if isinstance(encoder, CLIPContexts):
+            return {feature.name: encoder.encode_image(encoder.prepare_batch(images))}
         return {feature.name: encoder(images.permute(0, 3, 1, 2).float() / 255)}
 
     return PictureColumns((feature.name,), encode, feature.dtype)
 
 
 def _feature_identity(
-    settings: LatentsSettings, feature: FeatureSettings, encoder: DINOv2
+    settings: LatentsSettings, feature: FeatureSettings, encoder: DINOv2 | CLIPContexts
 ) -> dict[str, JsonValue]:
     return {
         "encoder": encoder.fingerprint(),
@@ -163,8 +168,24 @@ def _mirror(columns: PictureColumns) -> PictureColumns:
     return PictureColumns(names, partial(encode_mirrored, columns.encode), columns.dtype)
 
 
-def _load_text(text: TextSettings) -> T5:
-    return load_t5(T5Settings(path=text.path, pad=text.pad, precision=text.precision))
+def _load_vision(feature: FeatureSettings) -> DINOv2 | CLIPContexts:
+    if feature.encoder == "clip":
+        return load_clip(EncoderSettings(path=feature.path))
+    return load_dinov2(feature.path)
+
+
+def _load_text(text: TextSettings) -> T5 | CLIPContexts | TextAutoencoder | OptimusTokens:
+    match text.encoder:
+        case "t5":
+            return load_t5(T5Settings(path=text.path, pad=text.pad, precision=text.precision))
+        case "clip":
+            return load_clip(EncoderSettings(path=text.path))
+        case "optimus":
+            return load_text_autoencoder(EncoderSettings(path=text.path))
+        case "optimus_pieces":
+            return OptimusTokens.of_pieces(load_optimus_tokenizer(text.path))
+        case "optimus_labels":
+            return OptimusTokens.of_labels(load_optimus_tokenizer(text.path))
 
 
 def _text_identity(text: TextSettings, encoder: TextEncoder) -> dict[str, JsonValue]:

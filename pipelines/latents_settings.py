@@ -30,7 +30,9 @@ class TextSettings(ColumnSettings):
     """Texts, as states of their tokens (column `<name>`), or as ids (column `<name>_tokens`)."""
 
     name: str = Field(default="text", pattern=_NAME)
-    encoder: Literal["t5"]
+    encoder: Literal["t5", "clip", "optimus", "optimus_pieces", "optimus_labels"]
+    """`clip` and `optimus` give states; the last two cut texts for Optimus alone, and their path is
+    a folder of vocabularies."""
     max_tokens: PositiveInt
     """Longest text; a longer one is cut. Encoders that look at padding see as much of it."""
     source: str = Field(default="caption", pattern=r"^\w+(\.\d+)?$")
@@ -63,6 +65,10 @@ class TextSettings(ColumnSettings):
     def _check_layout(self) -> Self:
         if self.layout != "plain" and self.store != "tokens":
             raise ValueError(f"layout={self.layout} needs store=tokens, got {self.store}")
+        if self.layout != "plain" and self.encoder != "t5":
+            raise ValueError(f"layout={self.layout} needs encoder=t5, got {self.encoder}")
+        if self.encoder in ("optimus_pieces", "optimus_labels") and self.store != "tokens":
+            raise ValueError(f"encoder {self.encoder} has no states: store must be tokens")
         return self
 
 
@@ -70,7 +76,7 @@ class FeatureSettings(ColumnSettings):
     """Tokens that a vision encoder makes of the picture."""
 
     name: str = Field(default="dino_feature", pattern=_NAME)
-    encoder: Literal["dinov2"] = "dinov2"
+    encoder: Literal["dinov2", "clip"] = "dinov2"
 
 
 def read_text(row: Row, source: str) -> str:
