@@ -14,15 +14,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from pipelines.rows import Rows
 from pipelines.shards import Unit
 from pipelines.stages.write import WriteUnit
+from udiff.autoencoders.optimus_text import train_optimus_tokenizer
 from udiff.bundle import load_autoencoder, save_bundle
 from udiff.data.manifest import Manifest, Plan, finish, start_plan
 from udiff.data.schema import SAMPLE, pictures_schema, tensor_field
 from udiff.data.storage import open_folder
+from udiff.encoders.clip import openai_tokenizer
 from udiff.recipe import load_recipe
 from udiff.system import FamilyRecipe
 
@@ -181,3 +183,34 @@ def save_t5(path: Path, *, width: int = 24, words: Sequence[str] = WORDS, seed: 
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
     )  # fmt: skip
     T5EncoderModel(config).save_pretrained(path)
+
+
+def save_clip(path: Path, *, width: int = 24, seed: int = 6) -> None:
+    """Save a tiny random CLIP with the real byte pairs: 9 tokens of 32-pixel pictures."""
+    torch.manual_seed(seed)
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "projection_dim": width,
+    }  # fmt: skip
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": 49408, "max_position_embeddings": 20},
+        vision_config={**sizes, "image_size": 24, "patch_size": 8},
+        projection_dim=width,
+    )
+    CLIPModel(config).save_pretrained(path)
+    openai_tokenizer().save_pretrained(path)
+
+
+def save_optimus(path: Path, texts: Sequence[str], *, seed: int = 7) -> None:
+    """Save a bundle of a tiny random Optimus, and beside it vocabularies learned from texts."""
+    tokenizers = path.parent / f"{path.name}-tokenizers"
+    tokenizer = train_optimus_tokenizer(texts, num_tokens=300)
+    tokenizer.save(tokenizers)
+    half = "dim: 16, depth: 1, num_heads: 2, hidden_dim: 32, num_positions: 40"
+    overrides = [
+        f"tokenizers.path={tokenizers}",
+        f"network.encoder={{vocab_size: {len(tokenizer.pieces)}, {half}}}",
+        f"network.decoder={{vocab_size: {tokenizer.pad_id + 3}, {half}}}",
+        "network.latent_dim=20",
+    ]
+    save_random_bundle(path, load_recipe("optimus/debug", overrides), seed=seed)

@@ -115,5 +115,6 @@ def hash_module(module: nn.Module, about: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)  # a number has no bytes to view
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

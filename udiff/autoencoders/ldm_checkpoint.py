@@ -87,9 +87,10 @@ def _find(path: str) -> str:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repository, _, file = path.rpartition("/")
+    owner, _, rest = path.partition("/")
+    name, _, file = rest.partition("/")
     try:
-        return hf_hub_download(repository, file)
+        return hf_hub_download(f"{owner}/{name}", file)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"autoencoder.path {path!r} is neither a file nor a file of the hub that can be reached"

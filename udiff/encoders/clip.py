@@ -182,6 +182,24 @@ def load_clip(settings: EncoderSettings) -> CLIPContexts:
     return CLIPContexts(model, tokenizer).eval().requires_grad_(False)
 
 
+def openai_tokenizer() -> Any:
+    """Make the tokenizer that all published CLIP models share, from the copy in open_clip.
+
+    For models that are made, not loaded: a folder of transformers holds its own.
+    """
+    import open_clip.tokenizer
+    from transformers import CLIPTokenizer
+
+    known = open_clip.tokenizer.SimpleTokenizer()
+    vocabulary = {
+        token.replace("<start_of_text>", "<|startoftext|>").replace(
+            "<end_of_text>", "<|endoftext|>"
+        ): number
+        for token, number in known.encoder.items()
+    }
+    return CLIPTokenizer(vocab=vocabulary, merges=list(known.bpe_ranks))
+
+
 def _scaled_size(height: int, width: int, shortest: int) -> tuple[int, int]:
     if height <= width:
         return shortest, int(shortest * width / height)

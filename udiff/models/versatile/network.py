@@ -227,12 +227,15 @@ class VersatileNetwork(nn.Module):
             ValueError: there are no such layers, or no context.
         """
         self._check(data, contexts)
-        time = self.embed_time(t, x_t.dtype)
-        ratios = _shares(contexts, x_t)
+        # Under mixed precision inputs are not cast, and weights may be bfloat16 here.
+        dtype = self.time_dtype
+        x = x_t.to(dtype)
+        contexts = [context._replace(tokens=context.tokens.to(dtype)) for context in contexts]
+        time = self.embed_time(t, dtype)
+        ratios = _shares(contexts, x)
         data_blocks = iter(self._part(data).data_blocks)
         number = 0
         kept: list[Tensor] = []
-        x = x_t
         for step in self.plan.steps:
             if step.kind == "push":
                 kept.append(x)
@@ -245,6 +248,11 @@ class VersatileNetwork(nn.Module):
                 block = next(data_blocks)
                 x = block(x, time) if step.kind == "residual" else block(x)
         return Prediction(x)
+
+    @property
+    def time_dtype(self) -> torch.dtype:
+        """Element type of the time layers, in which the network computes."""
+        return next(self._part(self._time_owner).time_embed.parameters()).dtype
 
     def embed_time(
         self, t: Shaped[Tensor, " batch"], dtype: torch.dtype

@@ -1,16 +1,23 @@
 """What a Versatile Diffusion recipe can say, and the system that it makes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 from torch import nn
 
+from udiff.autoencoders.optimus_checkpoint import load_text_autoencoder
 from udiff.diffusion.flow_mixture import FlowMixture
 from udiff.encoders.clip import CLIPContexts, load_clip
 from udiff.encoders.frozen import Frozen
-from udiff.models.versatile.cached import CachedFlows, columns_of
+from udiff.models.versatile.cached import (
+    CLIP_IMAGE,
+    CLIP_TEXT,
+    TEXT_LATENT,
+    CachedFlows,
+    columns_of,
+)
 from udiff.models.versatile.contexts import Contexts
 from udiff.models.versatile.flows import FLOWS
 from udiff.models.versatile.network import DataLayers, VersatileNetwork
@@ -71,6 +78,16 @@ class Recipe(FamilyRecipe):
                 "by which the levels divide it"
             )
         return self
+
+    def cache_identity(self) -> Mapping[str, Mapping[str, Any]]:
+        """Say which encoders must have made the columns of contexts and of texts' latents."""
+        columns = columns_of(self.flows)
+        clip = {"encoder": load_clip(self.clip).fingerprint()}
+        wanted = {name: clip for name in (CLIP_IMAGE, CLIP_TEXT) if name in columns}
+        if TEXT_LATENT in columns and self.text_autoencoder is not None:
+            texts = load_text_autoencoder(self.text_autoencoder)
+            wanted[TEXT_LATENT] = {"encoder": texts.fingerprint()}
+        return wanted
 
     def build(self) -> System:
         """Make network, objective and tasks."""

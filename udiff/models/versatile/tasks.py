@@ -154,7 +154,7 @@ class Studio:
         [latent] = drive(self._networks["text"], [captioned])
         texts = self._texts_on(device)
         prompts = [request.negative, request.positive]
-        negative, positive = (texts.encode([p]) if p else None for p in prompts)
+        negative, positive = (texts.encode_texts([p]) if p else None for p in prompts)
         edited = edit_latent(latent[None], negative, positive)[0]
         caption = texts.decode(edited, seed=request.seed)
         null = self._contexts.null("text", data="image", device=device)
