@@ -87,7 +87,7 @@ def read_lines(file: Path) -> list[Line]:
 def _request(number: int, line: Line, task: Task, folder: Path) -> dict[str, Any]:
     asked = {name: line[name] for name in task.request.model_fields if name in line}
     try:
-        request = open_pictures(asked, task, folder)
+        request = open_pictures(asked, task.request, folder)
         task.request.model_validate(request)
     except (ValueError, OSError) as error:
         raise UserError(f"line {number}: {error}") from None

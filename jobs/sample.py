@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import BaseModel
 
 from jobs.cluster import connect
 from jobs.console import UserError, make_parser, run_job
 from jobs.picture_grid import draw_grid
 from pipelines.generate import Generated, generate
 from udiff.bundle import load_bundle
-from udiff.requests import picture_fields
+from udiff.requests import picture_fields, record_fields
 from udiff.system import FamilyRecipe, System, Task
 
 CLASS_TASK = "class_to_image"
@@ -80,7 +81,7 @@ def read_requests(file: Path, task: Task) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            request = open_pictures(json.loads(line), task, file.parent)
+            request = open_pictures(json.loads(line), task.request, file.parent)
             task.request.model_validate(request)
         except (ValueError, OSError) as error:
             raise UserError(f"{file} line {number}: {error}") from None
@@ -90,8 +91,8 @@ def read_requests(file: Path, task: Task) -> list[dict[str, Any]]:
     return requests
 
 
-def open_pictures(request: Any, task: Task, folder: Path) -> dict[str, Any]:
-    """Read the pictures that a request names by files, relative to a folder.
+def open_pictures(request: Any, kind: type[BaseModel], folder: Path) -> dict[str, Any]:
+    """Read the pictures that a request, or a record in it, names by files relative to a folder.
 
     Raises:
         UserError: it is no request.
@@ -101,9 +102,14 @@ def open_pictures(request: Any, task: Task, folder: Path) -> dict[str, Any]:
         raise UserError(f"a request is a JSON object, got {type(request).__name__}")
     pictures = {
         name: (folder / request[name]).read_bytes()
-        for name in picture_fields(task.request) & request.keys()
+        for name in picture_fields(kind) & request.keys()
     }
-    return {**request, **pictures}
+    records = {
+        name: [open_pictures(each, record, folder) for each in request[name]]
+        for name, record in record_fields(kind).items()
+        if isinstance(request.get(name), list)
+    }
+    return {**request, **pictures, **records}
 
 
 def label_names(recipe: FamilyRecipe) -> list[str]:

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from udiff.requests import MAX_PICTURE_PIXELS, Picture, open_picture, picture_fields
+from udiff.requests import (
+    MAX_PICTURE_PIXELS,
+    Picture,
+    open_picture,
+    picture_fields,
+    record_fields,
+)
 
 
 class Request(BaseModel):
@@ -60,3 +66,17 @@ def test_too_many_pixels_are_refused_before_they_are_decoded():
     data = png(Image.new("1", (8192, MAX_PICTURE_PIXELS // 8192 + 1)))
     with pytest.raises(ValueError, match="at most"):
         open_picture(data)
+
+
+def test_pictures_may_be_optional_and_lie_in_records():
+    class Part(BaseModel):
+        image: Picture
+        mask: Picture | None = None
+
+    class Request(BaseModel):
+        parts: tuple[Part, ...]
+        prompt: str = ""
+
+    assert picture_fields(Part) == {"image", "mask"}
+    assert picture_fields(Request) == set()
+    assert record_fields(Request) == {"parts": Part}

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import io
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
@@ -44,10 +44,22 @@ Picture = Annotated[
 
 def picture_fields(request: type[BaseModel]) -> set[str]:
     """Name the fields of a request that hold a picture."""
+    found = set()
+    for name, field in request.model_fields.items():
+        choices = (getattr(choice, "__metadata__", ()) for choice in get_args(field.annotation))
+        marks = [*field.metadata, *(mark for choice in choices for mark in choice)]
+        if any(isinstance(mark, _PictureMark) for mark in marks):
+            found.add(name)
+    return found
+
+
+def record_fields(request: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Find the fields of a request that hold several records of a kind, which may hold pictures."""
     return {
-        name
+        name: kind
         for name, field in request.model_fields.items()
-        if any(isinstance(mark, _PictureMark) for mark in field.metadata)
+        for kind in get_args(field.annotation)
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
     }
 
 

@@ -80,7 +80,7 @@ def test_stages_grow_from_one_another(made, tmp_path):
 
 def test_layers_learn_at_their_own_pace(made, tmp_path):
     still = "objective.scales={text_data: {lr: 0.0}, image_context: {gradient: 0.5}}"
-    recipe = small_recipe(made, still, "train.images=16")
+    recipe = small_recipe(made, still, "train.images=64")
     torch.manual_seed(recipe.train.seed)
     before = recipe.build().modules["denoiser"].state_dict()
     train(recipe, tmp_path / "run")

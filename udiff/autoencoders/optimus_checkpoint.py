@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from udiff.autoencoders.optimus import Optimus, OptimusSettings, TransformerSettings
-from udiff.autoencoders.optimus_text import OptimusTokenizer, load_optimus_tokenizer
+from udiff.autoencoders.optimus_text import MAX_PIECES, OptimusTokenizer, load_optimus_tokenizer
 from udiff.settings import EncoderSettings
 from udiff.weights import WeightsError, hash_module, load_strictly, strip_prefix
 
@@ -106,8 +106,9 @@ class TextAutoencoder(nn.Module):
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "texts latent"]:
         """Encode texts to latents."""
-        device = next(self.optimus.parameters()).device
-        return self.encode(self.tokenizer.encode(texts).to(device))[:, 0]
+        longest = self.optimus.encoder.bert.config.max_position_embeddings
+        ids = self.tokenize(texts, min(MAX_PIECES + 2, longest))
+        return self.encode(ids.to(next(self.optimus.parameters()).device))[:, 0]
 
     def decode(self, latent: Tensor, *, seed: int, temperature: float = 1.0, top_k: int = 0,
                top_p: float = 1.0) -> str:  # fmt: skip

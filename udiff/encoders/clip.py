@@ -129,7 +129,7 @@ class CLIPContexts(nn.Module):
             hidden = hidden * weights
         hidden = vision.encoder(inputs_embeds=vision.pre_layrnorm(hidden)).last_hidden_state
         projected = self.model.visual_projection(vision.post_layernorm(hidden))
-        states = projected / projected[:, :1].norm(dim=-1, keepdim=True)
+        states = projected / projected[:, :1].norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return states if weights is None else states * weights
 
     # ------------------------------------------------------------ the whole
