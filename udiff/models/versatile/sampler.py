@@ -32,7 +32,7 @@ class Sampler:
     @cached_property
     def timesteps(self) -> list[int]:
         """Timesteps that are visited, in increasing order; their number may not be `num_steps`."""
-        return sampling_timesteps(self.num_steps, self.spacing)
+        return sampling_timesteps(self.num_steps, self.spacing, num_timesteps=len(self.schedule))
 
     @cached_property
     def process(self) -> ReverseProcess:

@@ -33,12 +33,16 @@ def make_betas(
             return torch.linspace(first, last, num_steps, dtype=torch.float64).sqrt()
 
 
-def make_schedule(betas: tuple[float, float] = BETAS) -> NoiseSchedule:
+def make_schedule(
+    betas: tuple[float, float] = BETAS, *, num_timesteps: int = NUM_TIMESTEPS
+) -> NoiseSchedule:
     """Make the schedule that the networks are trained on."""
-    return NoiseSchedule.of(make_betas("linear", NUM_TIMESTEPS, first=betas[0], last=betas[1]))
+    return NoiseSchedule.of(make_betas("linear", num_timesteps, first=betas[0], last=betas[1]))
 
 
-def sampling_timesteps(num_steps: int, spacing: Spacing = "uniform") -> list[int]:
+def sampling_timesteps(
+    num_steps: int, spacing: Spacing = "uniform", *, num_timesteps: int = NUM_TIMESTEPS
+) -> list[int]:
     """Choose the timesteps that sampling visits, in increasing order.
 
     As officially they are one higher than evenly spaced ones, and "uniform" may visit more than
@@ -48,13 +52,13 @@ def sampling_timesteps(num_steps: int, spacing: Spacing = "uniform") -> list[int
     Raises:
         ValueError: there are no such steps.
     """
-    if not 1 <= num_steps <= NUM_TIMESTEPS:
-        raise ValueError(f"num_steps must be in 1..{NUM_TIMESTEPS}, got {num_steps}")
+    if not 1 <= num_steps <= num_timesteps:
+        raise ValueError(f"num_steps must be in 1..{num_timesteps}, got {num_steps}")
     if spacing == "quadratic":
-        roots = torch.linspace(0, (0.8 * NUM_TIMESTEPS) ** 0.5, num_steps, dtype=torch.float64)
+        roots = torch.linspace(0, (0.8 * num_timesteps) ** 0.5, num_steps, dtype=torch.float64)
         return [int(root) + 1 for root in roots.square().tolist()]
-    steps = range(0, NUM_TIMESTEPS, NUM_TIMESTEPS // num_steps)
-    return sorted({min(step + 1, NUM_TIMESTEPS - 1) for step in steps})
+    steps = range(0, num_timesteps, num_timesteps // num_steps)
+    return sorted({min(step + 1, num_timesteps - 1) for step in steps})
 
 
 def bound_weights(schedule: NoiseSchedule) -> Float[Tensor, " steps"]:

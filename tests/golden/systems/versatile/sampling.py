@@ -23,8 +23,8 @@ from udiff.system import Guidance, Sampling, Steps
 
 def _schedule(case: Case):
     config = case.config.get("vd", case.config)
-    assert config["timesteps"] == 1000
-    return make_schedule((config["beta_linear_start"], config["beta_linear_end"]))
+    betas = config["beta_linear_start"], config["beta_linear_end"]
+    return make_schedule(betas, num_timesteps=config["timesteps"])
 
 
 def schedules(case: Case) -> Outputs:
@@ -38,7 +38,7 @@ def schedules(case: Case) -> Outputs:
     for steps, eta in config["ddim_runs"]:
         tables = _tables(Sampler(schedule, steps, eta=eta))
         found |= {f"ddim_{name}_{steps}_{eta}": table for name, table in tables.items()}
-    quadratic = sampling_timesteps(config["quad_steps"], "quadratic")
+    quadratic = sampling_timesteps(config["quad_steps"], "quadratic", num_timesteps=len(schedule))
     return found | {"ddim_t_quad": torch.tensor(quadratic)}
 
 
