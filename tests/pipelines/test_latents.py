@@ -137,6 +137,21 @@ def test_mirrored_pictures_have_latents_of_their_own(made, tmp_path):
     np.testing.assert_allclose(_column(tmp_path, "latent_mean_flipped"), wanted, atol=5e-3)
 
 
+def test_drawn_latents_are_read_as_moments_without_variance(made, tmp_path):
+    manifest = _make(_settings(made, tmp_path, texts=[], latent="sample"))
+    columns = ("latent_mean", "latent_logvar", "label")
+    stream = Stream(open_folder(tmp_path), manifest, columns, DataSettings())
+    batches = stream.batches(0, batch_size=ROWS, seed=0)
+    batch = next(batches)
+    batches.close()
+    assert set(batch) == set(columns)
+    stored = torch.from_numpy(np.array(_column(tmp_path, "latent")))
+    assert torch.equal(
+        batch["latent_mean"].flatten(1).unique(dim=0), stored.flatten(1).unique(dim=0)
+    )
+    assert (batch["latent_logvar"].float().exp() < 1e-12).all()
+
+
 def _latents_by_key(folder, settings, count=3, **ranks):
     stream = Stream(open_folder(folder), read_manifest(folder), ("latent_mean", "image"), settings)
     batches = stream.batches(0, batch_size=ROWS, seed=5, **ranks)

@@ -19,18 +19,24 @@ from udiff.settings import DataSettings
 
 T = TypeVar("T")
 
+DRAWN, MOMENTS = "latent", ("latent_mean", "latent_logvar")
+
 
 class Stream:
     """A cache as batches of tensors, in the order of `BatchPlan` and `SampleOrder`.
 
     A column of encoded texts `<name>` comes as `<name>`, float (rows, max_tokens, width), zero
-    behind the end of each text, and `<name>_length`, int64 (rows,).
+    behind the end of each text, and `<name>_length`, int64 (rows,). In a cache of drawn latents the
+    moments that training reads are those of a distribution without variance.
     """
 
     def __init__(
         self, cache: Folder, manifest: Manifest, columns: tuple[str, ...], settings: DataSettings
     ) -> None:
         self._cache = cache
+        self._is_drawn = "latent_mean" in columns and bool(manifest.all_shapes(DRAWN))
+        if self._is_drawn:
+            columns = (*(name for name in columns if name not in MOMENTS), DRAWN)
         self._columns = find_columns(cache, manifest, columns, flip=settings.flip)
         self._settings = settings
         names = sorted({file.bucket for file in manifest.files})
@@ -57,6 +63,8 @@ class Stream:
                 if self._settings.flip:
                     chances = np.random.default_rng([seed, step]).random(batch_size)
                     batch = flip(batch, chances[rows] < 0.5)
+                if self._is_drawn:
+                    batch = as_moments(batch)
                 yield {name: _to_tensor(values) for name, values in batch.items()}
                 step += 1
 
@@ -140,6 +148,13 @@ def flip(batch: Batch, is_flipped: np.ndarray) -> Batch:
         where = is_flipped.reshape(-1, *[1] * (values.ndim - 1))
         chosen[name] = values if other is None else np.where(where, other, values)
     return chosen
+
+
+def as_moments(batch: Batch) -> Batch:
+    """Give drawn latents as means, with log variances that leave nothing to draw."""
+    rest = {name: values for name, values in batch.items() if name != DRAWN}
+    latent = batch[DRAWN]
+    return {**rest, "latent_mean": latent, "latent_logvar": np.full_like(latent, -30)}
 
 
 def find_columns(
