@@ -46,7 +46,7 @@ def test_steps_follow_one_another():
     ("keys", "message"),
     [
         ({"picture": {}}, "picture is no step; the steps are download, pictures"),
-        ({"pictures": {}}, "pictures: size: Field required"),
+        ({"pictures": {}}, "pictures: give either size or buckets"),
         ({"pictures": {"size": 8, "fitt": "crop"}}, "pictures: fitt: Extra inputs"),
         ({"pictures": {"size": 8, "filters": {"min_side": -1}}}, "pictures: filters.min_side:"),
         ({"pictures": {"size": 8, "input": "x"}}, "pictures.input follows from --urls"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from udiff.models.versatile.flows import FLOWS
 from udiff.models.versatile.layers import Heads
-from udiff.models.versatile.layouts import to_current, to_first_release, to_unet
+from udiff.models.versatile.layouts import BRANCHES, to_current, to_first_release, to_unet
 from udiff.models.versatile.network import ContextLayers, ImageLayers, TextLayers, VersatileNetwork
 from udiff.models.versatile.places import infer_plan
 from udiff.models.versatile.plan import Level, Plan
@@ -173,7 +173,7 @@ def network_from_official(config: Mapping[str, Any]) -> VersatileNetwork:
         return VersatileNetwork(
             _image_plan(config),
             data={"image": ImageLayers(config["in_channels"], config["out_channels"])},
-            contexts=dict.fromkeys(_BRANCHES, layers),
+            contexts=dict.fromkeys(BRANCHES, layers),
         )
     arguments = {
         name.partition("_")[2]: dict(entry["args"])

@@ -10,7 +10,7 @@ from udiff.models.versatile.plan import Plan
 from udiff.weights import WeightsError, strip_prefix
 
 UNET = "model.diffusion_model."
-_BRANCHES = ("text", "image")
+BRANCHES = ("text", "image")
 """Contexts of VD-DC's two branches, in their order."""
 _BRANCH_PARTS = r"norm|proj_in|proj_out|transformer_blocks"
 _BRANCHED = re.compile(rf"({_BRANCH_PARTS})_(\d)\.")
@@ -70,7 +70,7 @@ def to_unet(weights: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
         _, name, rest = key.split(".", 2)
         nested = rest if rest.startswith("time_embed.") else _replace_prefix(rest, table)
         if rest.startswith("context_blocks.") and len(kinds) > 1:
-            numbered = rf".\1_{_BRANCHES.index(name)}."
+            numbered = rf".\1_{BRANCHES.index(name)}."
             nested = re.sub(rf"\.({_BRANCH_PARTS})\.", numbered, nested, count=1)
         renamed[UNET + nested] = tensor
     return renamed
@@ -90,7 +90,7 @@ def _from_unet(unet: Mapping[str, Tensor], contexts: Sequence[str]) -> dict[str,
     branches = sorted({int(m.group(2)) for key in blocks if (m := _BRANCHED.search(key))})
     found = _time_layers(unet)
     for branch in (*branches,) or (None,):
-        kinds = contexts if branch is None else _BRANCHES[branch : branch + 1]
+        kinds = contexts if branch is None else BRANCHES[branch : branch + 1]
         for key, tensor in _flatten(_select_branch(blocks, branch)).items():
             owners = ("image",) if key.startswith("data_blocks.") else kinds
             found |= {f"diffuser.{owner}.{key}": tensor for owner in owners}
