@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,9 +46,12 @@ class Cluster:
         )  # fmt: skip
 
     def scrape(self) -> dict[str, float]:
-        """Read the node's metrics, summed over workers."""
-        with urllib.request.urlopen(self.metrics) as response:
-            lines = response.read().decode().splitlines()
+        """Read the node's metrics, summed over workers; none before their port is open."""
+        try:
+            with urllib.request.urlopen(self.metrics) as response:
+                lines = response.read().decode().splitlines()
+        except urllib.error.URLError:
+            return {}
         sums: dict[str, float] = {}
         for line in lines:
             if line.startswith("ray_udiff"):
