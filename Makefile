@@ -25,8 +25,8 @@ serve: setup ## answer on http://127.0.0.1:8000 with the demo's model
 	$(BIN)/python -m jobs.serve --bundle runs/demo/ddt/bundle
 
 test: setup ## all tests but the long ones
-	$(BIN)/python -m pytest -m 'not long' tests/jobs tests/serve tests/training tests/pipelines
-	$(BIN)/python -m pytest -m 'not long' tests -n 2 --dist loadfile $(foreach folder,jobs serve training pipelines,--ignore tests/$(folder))
+	$(BIN)/python -m pytest -m 'ray and not long' tests
+	$(BIN)/python -m pytest -m 'not ray and not long' tests -n 2 --dist loadfile
 
 long: setup ## the long tests: whole runs, killed again and again
 	$(BIN)/python -m pytest -m long tests

@@ -17,6 +17,8 @@ from udiff.autoencoders.ldm import LDMArchitecture, LDMAutoencoder
 from udiff.autoencoders.pixels import to_uint8
 from udiff.evaluation.reconstruction import evaluation_crop
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:

@@ -20,6 +20,8 @@ from jobs.fashion_mnist import CLASS_NAMES, make_sample, with_broken, write_shar
 from jobs.prepare import main, prepare_pictures
 from pipelines.pictures import PicturesSettings
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -18,6 +18,8 @@ from tests.made import save_autoencoder, save_random_bundle
 from udiff.generate import Generator
 from udiff.recipe import load_recipe
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):

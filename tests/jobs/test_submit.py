@@ -21,6 +21,8 @@ from PIL import Image
 from jobs.fashion_mnist import make_sample, with_broken, write_shards
 from tests.made import save_autoencoder, write_latents
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 

@@ -47,6 +47,7 @@ def start(recipe_file: Path, run: Path) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_killed_driver_and_a_killed_worker_cost_nothing(made, recipe_file, tmp_path):
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     train(debug_recipe(made), undisturbed, ranks=2)

@@ -15,6 +15,8 @@ from pipelines.shards import Unit
 from udiff.data.manifest import CacheFile, Plan, UnitEntry, committed_units, write_entry
 from udiff.data.storage import Folder, open_folder
 
+pytestmark = pytest.mark.ray
+
 PLAN = Plan(kind="pictures", identity={}, options={}, inputs={}, shapes={"image": (1, 1, 3)})
 
 

@@ -21,6 +21,8 @@ from ray import serve
 from serve.app import APP_NAME, build, parse_args
 from serve.proxy import install
 
+pytestmark = pytest.mark.ray
+
 MB = 1_000_000
 
 
