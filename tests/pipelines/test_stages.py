@@ -250,6 +250,6 @@ def test_messages_lose_what_differs_between_runs():
 
 def test_reasons_are_a_stage_and_a_name():
     assert all(
-        re.fullmatch(r"(read|decode|filter|dedup|recaption|encode)/[a-z_]+", each)
+        re.fullmatch(r"(download|read|decode|filter|dedup|recaption|encode)/[a-z_]+", each)
         for each in Reason
     )
