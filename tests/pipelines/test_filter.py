@@ -58,7 +58,15 @@ def test_a_row_without_a_score_is_kept_or_dropped_as_asked():
     assert _reason(check_metadata, {"metadata": {}}, filters=Filters(unscored="drop")) is None
 
 
-@given(st.floats(allow_nan=False), st.floats(0, 1))
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_what_is_no_finite_number_is_no_score(score):
+    row = {"metadata": {"pwatermark": score}}
+    for unscored, reason in (("keep", None), ("drop", Reason.UNSCORED)):
+        filters = Filters(max_watermark=0.5, unscored=unscored)
+        assert _reason(check_metadata, row, filters=filters) == reason
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1))
 def test_a_score_at_its_limit_passes_and_above_does_not(score, limit):
     row = {"metadata": {"pwatermark": score}}
     refused = _reason(check_metadata, row, filters=Filters(max_watermark=limit)) is not None
