@@ -17,7 +17,7 @@ from udiff.autoencoders.ldm import LDMArchitecture, LDMAutoencoder
 from udiff.autoencoders.pixels import to_uint8
 from udiff.evaluation.reconstruction import evaluation_crop
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,7 @@ def test_what_a_user_got_wrong_is_said_in_one_line(bundle, tmp_path, capsys, arg
     assert not out.exists()
 
 
+@pytest.mark.long
 def test_real_pictures_are_nearer_to_real_ones_than_noise_is(bundle, pictures, tmp_path):
     out = tmp_path / "evaluation.json"
     arguments = [

@@ -3,7 +3,6 @@
 import io
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -108,8 +108,15 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         wait_until_open(dashboard, head, log)
         yield made
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(timeout=60)
+        _kill(head)
+
+
+def _kill(head: subprocess.Popen) -> None:
+    """Kill a head and all that it started; a graceful end takes half a minute."""
+    processes = [*psutil.Process(head.pid).children(recursive=True), head]
+    for process in processes:
+        process.kill()
+    head.wait()
 
 
 def free_port() -> int:

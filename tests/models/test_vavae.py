@@ -367,6 +367,7 @@ def _values(folder: Path) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_like_one_that_was_not(pictures, undisturbed, tmp_path) -> None:
     recipe = _training_recipe(pictures)
     [process] = start(recipe, tmp_path)
@@ -390,6 +391,7 @@ def test_the_discriminator_waits_for_its_start(undisturbed) -> None:
     assert factors == [0, 0] + [1] * (STEPS - 2)
 
 
+@pytest.mark.long
 def test_two_ranks_agree_on_the_weights_of_the_losses(pictures, undisturbed, tmp_path) -> None:
     recipe = _training_recipe(pictures)
     train(recipe, tmp_path, ranks=2)

@@ -66,6 +66,7 @@ def test_a_step_takes_as_many_flows_as_are_asked_for(made):
     assert taken == [flows(step, 1) for step in range(12)]
 
 
+@pytest.mark.long
 def test_stages_grow_from_one_another(made, tmp_path):
     short = "train.images=32"
     train(small_recipe(made, short, name="debug_single"), tmp_path / "single")
