@@ -76,6 +76,7 @@ def test_a_grid_has_a_row_per_label_of_the_pictures_of_their_seeds(bundle, tmp_p
         assert np.array_equal(np.asarray(grid), np.asarray(expected))
 
 
+@pytest.mark.long
 def test_the_cluster_draws_what_one_process_draws(bundle):
     requests = [{"label": k % 10, "seed": k} for k in range(10)]
     spread = generate(str(bundle), requests, workers=2, batch_size=4).pictures

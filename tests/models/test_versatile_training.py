@@ -101,6 +101,7 @@ def test_a_cache_of_other_encoders_is_refused(made):
         resolve(small_recipe(made, f"clip.path={made / 'other_clip'}"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [2, 4])
 def test_a_resumed_run_is_the_run_that_was_never_stopped(made, undisturbed, tmp_path, steps):
     """With flows drawn one a step: layers that have not learned yet have their state, too."""

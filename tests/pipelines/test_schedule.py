@@ -67,6 +67,7 @@ def test_a_unit_whose_process_was_killed_is_made_again(tmp_path):
     assert report.images_per_s > 0
 
 
+@pytest.mark.long
 def test_a_unit_that_always_kills_its_process_fails_alone(tmp_path):
     with pytest.raises(FailedUnitsError, match=r"1 of 4 units failed: b \(its process died\)"):
         _run(tmp_path, ["a", "b", "c", "d"], deadly="b", deaths=99)

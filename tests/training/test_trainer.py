@@ -143,6 +143,7 @@ def test_bfloat16_learns_the_same_to_its_precision(made, undisturbed, tmp_path):
     assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
 
 
+@pytest.mark.long
 def test_a_second_job_in_the_same_folder_is_refused(made, tmp_path):
     recipe = debug_recipe(made, "train.images=100_000")
     [process] = start(recipe, tmp_path)
