@@ -6,7 +6,6 @@ They are Noto's emoji (Apache-2.0) with their names: about 1,500 things, animals
 faces, 64 pixels wide, on white.
 """
 
-import argparse
 import io
 import json
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from jobs.console import run_job
+from jobs.console import make_parser, run_job
 from jobs.fashion_mnist import Members, fetch, write_shards
 
 PACKAGE = "emoji-datasource-google@16.0.0"
@@ -87,9 +86,7 @@ def _sample(png: bytes, entry: dict[str, str]) -> Members:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and write the shards."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.emoji", description=__doc__.partition("\n")[0]
-    )
+    parser = make_parser("jobs.emoji", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="of the download")
     options = parser.parse_args(arguments)

@@ -6,13 +6,12 @@ Writes `tokenizers/` (vocabularies of Optimus, learned from the captions of a pi
 `clip/` (a CLIP of random weights with the real byte pairs: a fixed code of texts and pictures).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from jobs.console import run_job
+from jobs.console import make_parser, run_job
 from udiff.data.manifest import read_manifest
 from udiff.data.storage import open_folder
 
@@ -65,9 +64,7 @@ def _save_clip(path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.small_encoders", description=__doc__.partition("\n")[0]
-    )
+    parser = make_parser("jobs.small_encoders", __doc__)
     parser.add_argument("--pictures", required=True, help="cache of pictures with captions")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     options = parser.parse_args(arguments)

@@ -8,6 +8,7 @@ with local_run() as run:
 import re
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -78,11 +79,13 @@ def make_stream(resolved: Resolved, columns: tuple[str, ...]) -> Stream | Joined
 def initialize(system: System, bundle: str) -> None:
     """Give a system's modules the weights that a bundle has for them; others stay as they are.
 
-    A module may have grown: what the bundle does not have of it stays as it is, too.
+    A module may have grown by whole parts (another flow's layers, say): a part of which the bundle
+    has nothing stays as it is, too.
 
     Raises:
         FileNotFoundError: there is no bundle.
-        ValueError: it has none of the modules, parameters that they have not, or other shapes.
+        ValueError: it has none of the modules, a part's parameters only in parts, parameters that
+            they have not, or other shapes.
     """
     weights = read_weights(bundle)
     known = {name: strip_prefix(weights, f"{name}.") for name in system.modules}
@@ -94,8 +97,19 @@ def initialize(system: System, bundle: str) -> None:
         if found:
             module = system.modules[name]
             source = f"initialize_from {bundle}: {name}"
-            merged = {**module.state_dict(), **_beside_adapters(module, found)}
-            load_strictly(module, merged, source=source)
+            adapted = _beside_adapters(module, found)
+            load_strictly(module, _fresh_parts(module, adapted) | adapted, source=source)
+
+
+def _fresh_parts(module: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a module's own tensors of the parts of which `found` has nothing."""
+    known = {_part(key) for key in found}
+    return {key: own for key, own in module.state_dict().items() if _part(key) not in known}
+
+
+def _part(key: str) -> tuple[str, ...]:
+    """Name the part of a tensor: the path to its module, up to the first place in a list."""
+    return tuple(takewhile(lambda name: not name.isdecimal(), key.split(".")[:-1]))
 
 
 def _beside_adapters(module: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
