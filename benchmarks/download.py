@@ -8,7 +8,6 @@ second try gets. img2dataset runs with its defaults (no retries, 10 s per read) 
 as many retries as we make. A side that has not ended half a minute after the deadline is stopped.
 """
 
-import argparse
 import multiprocessing as mp
 import os
 import socket
@@ -22,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from jobs.console import make_parser
 from pipelines.tar import walk
 from tests.faulty_server import GOOD, PASSING, PERMANENT
 
@@ -34,7 +34,7 @@ def main() -> None:
     """Measure, and record both sides of each round."""
     from benchmarks.machine import record  # brings torch, which no side's process should import
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.download", __doc__)
     parser.add_argument("--clean", type=int, default=2000, help="pictures of the clean run")
     parser.add_argument("--faulty", type=int, default=1000, help="URLs of the faulty run")
     parser.add_argument("--side", type=int, default=192, help="pixels of a picture")

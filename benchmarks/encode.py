@@ -7,7 +7,6 @@ forward pass alone on the same pictures, already on the device. Both run in turn
 Memory: the peak of a process that encodes ten times as many units as another, over that one's.
 """
 
-import argparse
 import io
 import multiprocessing as mp
 import resource
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 
 from benchmarks.machine import record, spread
+from jobs.console import make_parser
 from pipelines.rows import Row
 from pipelines.stages.encode_image import EncodeImage, PictureColumns, encode_moments
 from tests.made import draw_pictures
@@ -32,7 +32,7 @@ UNITS = 4
 
 def main() -> None:
     """Measure, and record the ratio of each round."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.encode", __doc__)
     parser.add_argument("--gpu", action="store_true", help="f16d32 at 256 pixels, on the GPU")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)

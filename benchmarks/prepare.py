@@ -7,7 +7,6 @@ an autoencoder. The other side does that in two processes without Ray, manifests
 are timed from the start of the first piece of work, in turn.
 """
 
-import argparse
 import io
 import json
 import multiprocessing as mp
@@ -24,6 +23,7 @@ import torch
 from PIL import Image
 
 from benchmarks.machine import record, spread
+from jobs.console import make_parser
 from jobs.fashion_mnist import write_fashion_mnist
 from jobs.prepare import prepare_latents, prepare_pictures
 from pipelines.latents_settings import LatentsSettings
@@ -36,7 +36,7 @@ PROCESSES = 2
 
 def main() -> None:
     """Measure, and record the ratio of each round."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.prepare", __doc__)
     parser.add_argument("--pictures", type=int, default=12_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

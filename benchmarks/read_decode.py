@@ -10,7 +10,6 @@ Memory is what all processes of a job have for themselves (`uss`), at its peak, 
 object store; a sampler reads it four times a second.
 """
 
-import argparse
 import io
 import json
 import os
@@ -34,6 +33,7 @@ from PIL import Image
 from benchmarks.machine import record, spread
 from benchmarks.prepare import PROCESSES, run_plain
 from jobs.cluster import connect
+from jobs.console import make_parser
 from jobs.fetch_testdata import fetch_photographs
 from jobs.prepare import prepare_pictures
 from pipelines.pictures import PicturesSettings
@@ -45,7 +45,7 @@ _NAMES = ("astronaut", "chelsea", "coffee", "ihc", "motorcycle_left", "hubble_de
 
 def main() -> None:
     """Measure, and record the ratios of each round."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.read_decode", __doc__)
     parser.add_argument("--pictures", type=int, default=4000)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)

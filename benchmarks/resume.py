@@ -7,7 +7,6 @@
 bucket's server sends: every byte passes a proxy.
 """
 
-import argparse
 import io
 import socket
 import tarfile
@@ -28,6 +27,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 from benchmarks.machine import record
 from jobs.cluster import connect
+from jobs.console import make_parser
 from jobs.prepare import prepare_pictures
 from pipelines.pictures import PicturesSettings
 from tests.bucket import KEY, SECRET, bucket_server
@@ -38,7 +38,7 @@ SHARDS = 20
 
 def main() -> None:
     """Measure, and record the share of the input that is read again."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.resume", __doc__)
     parser.add_argument("--shard-mb", type=int, default=16)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, bucket_server(Path(name) / "bucket") as uri:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.machine import record, spread
 from benchmarks.networks import NUM_CLASSES, SIZES, Contestant, Size, contestants, make_recipe
+from jobs.console import make_parser
 from udiff.bundle import load_bundle
 from udiff.recipe import update_recipe
 from udiff.samplers.ticks import drive
@@ -34,7 +35,7 @@ GUIDED = {
 
 def main() -> None:
     """Measure, and record."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.sample", __doc__)
     parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument("--bundle", type=Path, help="trained DDT, for reuse of the encoder")
     parser.add_argument("--pictures", type=int, default=4)

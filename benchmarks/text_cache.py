@@ -9,7 +9,6 @@ and compression, and are read by the training stream, an epoch each in turn. The
 tokens must be equal.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.machine import record, spread
+from jobs.console import make_parser
 from jobs.tiny_encoders import write_t5
 from jobs.tuxpaint import fetch, read_samples
 from pipelines.latents_settings import TextSettings, states_column
@@ -42,7 +42,7 @@ NUMBER = pa.field("number", pa.int64(), nullable=False)
 
 def main() -> None:
     """Measure, and record the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.text_cache", __doc__)
     parser.add_argument("--max-tokens", type=int, default=120)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import record, spread
+from jobs.console import make_parser
 from udiff.diffusion.masked_text import MaskedText, MaskTimes
 from udiff.models.dual_diffusion.network import DualDiffusion
 from udiff.samplers.ticks import drive
@@ -56,7 +57,7 @@ class Writer(nn.Module):
 
 def main() -> None:
     """Measure, and record."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.text_diffusion", __doc__)
     for name, default in (
         ("depth", 6), ("heads", 6), ("rows", 4), ("tokens", 128), ("side", 16), ("steps", 16),
         ("rounds", 5), ("threads", 1),

@@ -7,7 +7,6 @@ FSDP2 units: one is the trainer on a cache with everything on; the other repeats
 clipping and AdamW on one batch, whose draws are made beforehand, without an average of the weights.
 """
 
-import argparse
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from benchmarks.machine import record, spread
 from jobs.cluster import connect
+from jobs.console import make_parser
 from tests.made import save_autoencoder, write_latents
 from udiff.recipe import load_recipe, parse_recipe
 from udiff.system import FamilyRecipe
@@ -37,7 +37,7 @@ class Options:
 
 def main() -> None:
     """Measure, and record the ratio of each round."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.train_loop", __doc__)
     parser.add_argument("--dim", type=int, default=256, help="width of the network")
     parser.add_argument("--steps", type=int, default=40, help="steps of a round and side")
     parser.add_argument("--rounds", type=int, default=5)

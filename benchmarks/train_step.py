@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.machine import record, spread
 from benchmarks.memory import peak_memory
 from benchmarks.networks import NUM_CLASSES, SIZES, Contestant, Size, contestants
+from jobs.console import make_parser
 from udiff.training.shard import checkpoint_activations
 
 NOMINAL_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -26,7 +27,7 @@ NOMINAL_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 def main() -> None:
     """Measure, and record each size."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.train_step", __doc__)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--batch", type=int, help="default: 64 (debug), 8 (mid); 128 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)

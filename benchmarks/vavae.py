@@ -6,7 +6,6 @@ Trains `vavae/debug` as it is (4,000 crops of 32 pixels of eighty photographs) i
 judges it on 200 crops of twenty others, against its random start. About two minutes on 2 CPU cores.
 """
 
-import argparse
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import record
+from jobs.console import make_parser
 from jobs.fetch_weights import fetch_lpips
 from jobs.picture_grid import draw_grid
 from tests.made import write_pictures
@@ -36,7 +36,7 @@ COLUMNS = 10
 
 def main() -> None:
     """Train, judge and record."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("benchmarks.vavae", __doc__)
     parser.add_argument("--picture", type=Path, help="originals above reconstructions")
     options = parser.parse_args()
     with TemporaryDirectory() as name:
