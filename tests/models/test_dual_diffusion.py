@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from jobs.convert import to_bundle, to_official
 from tests.made import WORDS, draw_pictures, save_diffusers_autoencoder, save_random_bundle, save_t5
-from udiff.bundle import load_bundle
+from udiff.bundle import load_autoencoder, load_bundle, save_bundle
 from udiff.diffusion.masked_text import MaskTimes, after_end
 from udiff.fit import initialize
 from udiff.generate import Generator
@@ -319,6 +319,28 @@ def test_a_text_is_its_seeds_whatever_it_is_sampled_beside(bundle):
     assert together == alone
     again = generator.generate([{**requests[0], "seed": 9}], task="image_to_text")
     assert again != together[:1]
+
+
+def test_pictures_are_read_by_an_autoencoder_that_is_a_bundle(recipe, encoders, tmp_path):
+    """The weights of a diffusers folder, in a bundle of ours, give the same texts."""
+    sizes = "network={channels: [8, 8, 8], norm_num_groups: 4, mid_block_attention: false}"
+    ours = load_recipe("kl_autoencoder/debug", [sizes])
+    model = load_autoencoder(str(encoders / "vae"))
+    weights = {f"autoencoder.{key}": t for key, t in model.state_dict().items()}
+    save_bundle(tmp_path / "vae", ours, weights, about="for a test")
+    answers = []
+    for name, path in (("folder", encoders / "vae"), ("bundle", tmp_path / "vae")):
+        known = f"autoencoder={{path: {path}, mean: [0, 0, 0, 0], std: [5, 5, 5, 5]}}"
+        save_random_bundle(tmp_path / name, recipe(known), seed=2)
+        requests = [{"image": _picture(seed), "question": "what is red"} for seed in range(2)]
+        generator = Generator(tmp_path / name)
+        answers.append(
+            generator.generate(requests, task="visual_question_answering")
+            + generator.generate([{"image": _picture()}], task="image_to_text")
+        )
+    assert answers[0] == answers[1]
+    with pytest.raises(WeightsError, match="is no folder of diffusers"):
+        to_official(tmp_path / "bundle", tmp_path / "released")
 
 
 def test_a_template_is_filled_in(bundle):

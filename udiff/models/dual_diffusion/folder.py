@@ -68,7 +68,8 @@ def write_folder(recipe: Recipe, weights: Mapping[str, Tensor], out: Path) -> No
 
     Raises:
         FileNotFoundError: the recipe's autoencoder or text encoder can't be reached.
-        WeightsError: these are not the weights of the recipe's network.
+        WeightsError: these are not the weights of the recipe's network, or its autoencoder is not
+            one of diffusers.
     """
     transformer = out / "transformer"
     transformer.mkdir(parents=True)
@@ -115,6 +116,11 @@ def official_config(recipe: Recipe) -> dict[str, Any]:
 
 def _write_autoencoder(path: str, out: Path) -> None:
     if Path(path).is_dir():
+        if not (Path(path) / "config.json").exists():
+            raise WeightsError(
+                f"autoencoder.path {path} is no folder of diffusers, which a released folder holds:"
+                " name one, or write to a .safetensors file, which has the transformer alone"
+            )
         shutil.copytree(path, out)
         return
     load_diffusers_autoencoder(path).model.save_pretrained(out)

@@ -11,7 +11,7 @@ from udiff.autoencoders.posterior import PosteriorLatents
 from udiff.diffusion.masked_text import MaskedText, MaskTimes
 from udiff.diffusion.weighted_sum import Part, WeightedSum
 from udiff.encoders.frozen import Frozen
-from udiff.encoders.t5 import T5, load_t5
+from udiff.encoders.t5 import load_t5
 from udiff.models.dual_diffusion.network import DualDiffusion, MaskRow
 from udiff.models.dual_diffusion.objective import ImageFlow
 from udiff.models.dual_diffusion.requests import ImageToText, TextToImage, VisualQuestion
@@ -23,7 +23,7 @@ from udiff.models.dual_diffusion.settings import (
     ObjectiveSettings,
     TextSettings,
 )
-from udiff.models.dual_diffusion.tasks import Tasks, blank_picture, load_autoencoder
+from udiff.models.dual_diffusion.tasks import Tasks, blank_picture
 from udiff.models.dual_diffusion.text import TextNetwork, TextStates, bind_text_head
 from udiff.settings import AutoencoderSettings, DataSettings, OptimizerSettings, T5Settings
 from udiff.system import PART_SEPARATOR, FamilyRecipe, Phase, System, Task
@@ -41,7 +41,7 @@ class Recipe(FamilyRecipe):
     latent: LatentSettings = LatentSettings()
     text: TextSettings = TextSettings()
     autoencoder: AutoencoderSettings
-    """A hub id or a folder of diffusers: pictures in requests are encoded by it."""
+    """Decodes pictures, and encodes those of requests."""
     text_encoder: T5Settings
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings
@@ -70,13 +70,15 @@ class Recipe(FamilyRecipe):
         encoder = Frozen(partial(load_t5, self.text_encoder))
         states = TextStates(encoder, row, mask_id=self.text.mask_id)
         objective = WeightedSum(**self._parts(denoiser, states))
+        start = Tasks(encoder, self.network, self.latent, self.text, self.sampling)
         return System(
             modules=modules,
             phases=(Phase(DENOISER, learning, objective.draw, objective, self.optimizer),),
             columns=self._columns(),
             shard_units=tuple(denoiser.transformer_blocks),
             ema_modules=(DENOISER, MASK_ROW),
-            tasks=self._tasks(denoiser, states, encoder),
+            tasks=self._tasks(denoiser, states, start),
+            use_autoencoder=start.use_autoencoder,
         )
 
     @property
@@ -170,11 +172,7 @@ class Recipe(FamilyRecipe):
             f"{part}{PART_SEPARATOR}{name}" for part, names in wanted.items() for name in names
         )
 
-    def _tasks(
-        self, denoiser: DualDiffusion, states: TextStates, encoder: Frozen[T5]
-    ) -> dict[str, Task]:
-        autoencoder = Frozen(partial(load_autoencoder, self.autoencoder))
-        start = Tasks(encoder, autoencoder, self.network, self.latent, self.text, self.sampling)
+    def _tasks(self, denoiser: DualDiffusion, states: TextStates, start: Tasks) -> dict[str, Task]:
         writer = TextNetwork(denoiser, states, mask_id=self.text.mask_id)
         picture = {"image": blank_picture()}
         tasks = (

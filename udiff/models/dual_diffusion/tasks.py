@@ -8,9 +8,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from jaxtyping import Bool, Float, Int64
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from udiff.autoencoders.kl import KLAutoencoder, load_diffusers_autoencoder
+from udiff.autoencoders.kl import KLAutoencoder
 from udiff.autoencoders.pixels import to_pixels
 from udiff.data.conversation import QUESTION, prompt
 from udiff.data.squares import bicubic
@@ -26,20 +26,25 @@ from udiff.models.dual_diffusion.settings import (
 )
 from udiff.requests import open_picture
 from udiff.samplers.unmask import unmask
-from udiff.settings import AutoencoderSettings
 from udiff.system import Guidance, Sampling
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tasks:
-    """Starts samplings; the encoders are loaded when a request first needs them."""
+    """Starts samplings; the text encoder is loaded when a request first needs it."""
 
     text_encoder: Frozen[T5]
-    autoencoder: Frozen[KLAutoencoder]
     network: NetworkSettings
     latent: LatentSettings
     text: TextSettings
     sampling: DualSampling
+    autoencoder: KLAutoencoder | None = None
+    """What encodes the pictures of requests; it comes by `use_autoencoder`."""
+
+    def use_autoencoder(self, autoencoder: nn.Module) -> None:
+        """Take the autoencoder that also decodes: it is loaded once, from wherever it may lie."""
+        assert isinstance(autoencoder, KLAutoencoder)
+        self.autoencoder = autoencoder
 
     def text_to_image(self, request: TextToImage, *, device: torch.device) -> Sampling:
         """Start a picture from noise."""
@@ -126,13 +131,18 @@ class Tasks:
     def _encode_picture(
         self, data: bytes, generator: torch.Generator, device: torch.device
     ) -> Float[Tensor, "channels height width"]:
-        """Sample a picture's latent, as training did: not the mean of its distribution."""
+        """Sample a picture's latent, as training did: not the mean of its distribution.
+
+        Raises:
+            ValueError: no picture can be read from the data, or nothing was handed to encode it.
+        """
+        if self.autoencoder is None:
+            raise ValueError("reading a picture needs the autoencoder, which is not there")
         size = min(self.latent.size) * self.latent.downscale
         square = torch.from_numpy(bicubic(open_picture(data), size).copy())
-        autoencoder = self.autoencoder.on(device)
-        moments = autoencoder.encode_moments(to_pixels(square[None].to(device)))
+        moments = self.autoencoder.encode_moments(to_pixels(square[None].to(device)))
         noise = torch.randn(moments.mean.shape, generator=generator).to(device)
-        return autoencoder.normalize(moments.sample(noise))[0]
+        return self.autoencoder.normalize(moments.sample(noise))[0]
 
     def _scheduler(self, request: TextToImage) -> FlowMatchEulerDiscreteScheduler:
         settings = self.sampling.image
@@ -160,18 +170,6 @@ class Tasks:
                 )
             sides.append(wanted // unit)
         return sides[0], sides[1]
-
-
-def load_autoencoder(settings: AutoencoderSettings) -> KLAutoencoder:
-    """Load the autoencoder by which pictures in requests are encoded.
-
-    Raises:
-        FileNotFoundError: there is no folder of diffusers, and none on the hub.
-    """
-    autoencoder = load_diffusers_autoencoder(settings.path)
-    if settings.mean is not None and settings.std is not None:
-        autoencoder.set_statistics(*settings.statistics(len(settings.mean)))
-    return autoencoder
 
 
 def blank_picture() -> bytes:
