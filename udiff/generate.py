@@ -137,10 +137,10 @@ class Generator:
             assert all(finishes), "a text task says how its sample is written"
             return [finish(each) for finish, each in zip(finishes, results, strict=True) if finish]
         assert self._decoder is not None
-        pictures = to_uint8(self._decoder.decode(torch.stack(results)))
+        decoded = self._decoder.decode(torch.stack(results))
         return [
-            (finish(picture) if finish else picture).cpu().numpy()
-            for finish, picture in zip(finishes, pictures, strict=True)
+            (finish(pixels) if finish else to_uint8(pixels[None])[0]).cpu().numpy()
+            for finish, pixels in zip(finishes, decoded, strict=True)
         ]
 
 

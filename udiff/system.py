@@ -208,8 +208,9 @@ class Sampling:
     null_conditions: Mapping[str, Tensor]
     guidance: Guidance
     finish: Callable[[Any], Any] | None = None
-    """What is left to do with the result: of pictures, uint8 (height, width, 3), to the decoded
-    picture; of text, to write a `str` from the sample, which a text task must."""
+    """What is left to do with the result: of pictures, to make uint8 (height, width, 3) of the
+    decoded pixels (3, height, width), nominally in [-1, 1]; of text, to write a `str` from the
+    sample, which a text task must."""
 
 
 class StartSampling(Protocol):

@@ -51,10 +51,6 @@ REQUESTS = {
 }
 
 
-def _distance(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.abs(one.astype(float) - other).mean())
-
-
 def test_every_task_has_a_request_here(generator):
     assert set(generator.tasks) == set(REQUESTS)
 
@@ -69,11 +65,10 @@ def test_seeds_decide_and_batch_mates_do_not(generator, task):
         assert first == again == alone
         return
     assert first.shape == (32, 32, 3)
-    other = _distance(first, second)
-    assert other > 1
-    # A random network magnifies float rounding.
-    assert _distance(first, again) < 0.02 * other
-    assert _distance(first, alone) < 0.02 * other
+    assert np.abs(first.astype(float) - second).mean() > 1
+    # Another batch size moves the last bits, and so the level of what lies between two.
+    assert np.abs(first.astype(int) - again).max() <= 1
+    assert np.abs(first.astype(int) - alone).max() <= 1
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 9, 50])

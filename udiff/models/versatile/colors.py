@@ -15,6 +15,7 @@ def match_statistics(images: Images, reference: Float[Tensor, "#images 3 h w"]) 
     """Give every channel the mean and the deviation of a reference; all in [0, 1]."""
     std, mean = torch.std_mean(images, dim=(2, 3), keepdim=True)
     wanted_std, wanted_mean = torch.std_mean(reference, dim=(2, 3), keepdim=True)
+    std = std.clamp(min=_MARGIN)  # of a channel that is one level all over
     return ((images - mean) / std * wanted_std + wanted_mean).clamp(0, 1)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from udiff.autoencoders.kl import KLAutoencoder
 from udiff.autoencoders.optimus_checkpoint import TextAutoencoder, load_text_autoencoder
+from udiff.autoencoders.pixels import to_uint8
 from udiff.diffusion.gaussian import NoiseSchedule
 from udiff.encoders.frozen import Frozen
 from udiff.models.versatile import requests as ask
@@ -292,17 +293,16 @@ def _to_pixels(picture: Image.Image) -> Float[Tensor, "1 3 height width"]:
 
 
 def _adjust_colors(
-    reference: Float[Tensor, "1 3 h w"], picture: UInt8[Tensor, "height width 3"]
+    reference: Float[Tensor, "1 3 h w"], pixels: Float[Tensor, "3 height width"]
 ) -> UInt8[Tensor, "height width 3"]:
-    pixels = picture.permute(2, 0, 1)[None].float() / 255
-    matched = match_statistics(pixels, reference.to(pixels.device))[0].permute(1, 2, 0)
-    return (matched * 255).round().to(torch.uint8)
+    picture = (pixels[None].float() / 2 + 0.5).clamp(0, 1)
+    return to_uint8(match_statistics(picture, reference) * 2 - 1)[0]
 
 
 def _replace(
-    picture: Image.Image, decoded: UInt8[Tensor, "height width 3"]
+    picture: Image.Image, pixels: Float[Tensor, "3 height width"]
 ) -> UInt8[Tensor, "height width 3"]:
-    return (_to_pixels(picture)[0].permute(1, 2, 0) * 255).round().to(torch.uint8)
+    return to_uint8(_to_pixels(picture) * 2 - 1)[0]
 
 
 def _finished(latent: Tensor) -> Steps:
