@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, T5EncoderModel
 from jobs.convert import to_bundle, to_official
 from tests.made import WORDS, draw_pictures, save_diffusers_autoencoder, save_random_bundle, save_t5
 from udiff.bundle import load_autoencoder, load_bundle, save_bundle
-from udiff.diffusion.masked_text import MaskTimes, after_end
 from udiff.fit import initialize
 from udiff.generate import Generator
 from udiff.models.dual_diffusion.checkpoint import (
@@ -100,7 +99,9 @@ def _losses(system: System, batch=None, step: int = 0):
         ((ONLY_IMAGE, "objective.image.recaption_prob=0.5"), {"image_data_mse"}),
         (("objective.text.is_antithetic=false",), {"image_data_mse", "text_masked_nll"}),
         (("objective.text.padding=ignored",), {"image_data_mse", "text_masked_nll"}),
+        (("objective.text.times=importance",), {"image_data_mse", "text_masked_nll"}),
         ((ONLY_IMAGE, "objective.image.states=cached"), {"image_data_mse"}),
+        ((ONLY_IMAGE, "objective.image.gradient=unit"), {"image_data_mse"}),
         (("lora={rank: 2}",), {"image_data_mse", "text_masked_nll"}),
         ((ONLY_TEXT, "lora={rank: 2}"), {"text_masked_nll"}),
     ],
@@ -191,27 +192,6 @@ def test_a_lora_run_begins_from_the_bundle_of_a_whole_one(recipe, tmp_path):
     learning = [key for key, p in adapted.modules["denoiser"].named_parameters() if p.requires_grad]
     assert learning
     assert all("lora_" in key for key in learning)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 40), st.integers(0, 2**32))
-def test_antithetic_times_lie_one_in_each_part(num_rows, seed):
-    uniform = torch.rand(num_rows, generator=torch.Generator().manual_seed(seed))
-    times = MaskTimes().at(uniform, torch.arange(num_rows), num_rows)
-    parts = ((times - 1e-3) / (1 - 1e-3) * num_rows + 1e-4).long().clamp(max=num_rows - 1)
-    assert torch.equal(parts.sort().values, torch.arange(num_rows))
-    assert (times >= 1e-3).all()
-
-
-def test_ranks_agree_on_the_parts():
-    whole = MaskTimes().draw(8, Rng(3).at(5).local)
-    halves = [MaskTimes().draw(4, Rng(3, rank, 2).at(5).local) for rank in range(2)]
-    torch.testing.assert_close(torch.stack(halves, 1).flatten(), whole)
-
-
-def test_what_follows_the_first_end_token_is_padding():
-    ids = torch.tensor([[5, 1, 1, 7], [5, 6, 7, 8], [1, 1, 1, 1]])
-    assert after_end(ids, 1).int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]]
 
 
 def test_a_mask_outside_the_vocabulary_is_refused(recipe):

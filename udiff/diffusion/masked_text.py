@@ -4,6 +4,7 @@ Times run the paper's way, from 0 (all tokens known) to 1 (all masked): a token 
 probability (1 - e) t, and the SUBS parameterization lets a network speak of masked tokens alone.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from udiff.diffusion.objective import Network
+from udiff.diffusion.time import TimeDistribution
 from udiff.system import Batch, Draws, LocalRng, Losses, Prediction, StepRng
 
 SCHEDULE_EPS = 1e-3
@@ -89,6 +91,29 @@ class MaskTimes:
         return (1 - self.minimum) * uniform + self.minimum
 
 
+@dataclass(frozen=True)
+class ImportanceTimes:
+    """Another distribution's times, as `by_importance` moves them.
+
+    Nothing makes up for it: the loss counts little masked texts more than it would.
+    """
+
+    times: TimeDistribution = MaskTimes()
+
+    def draw(self, num_rows: int, rng: LocalRng) -> Float[Tensor, " batch"]:
+        """Draw the times of this rank's rows of the global batch."""
+        return by_importance(self.times.draw(num_rows, rng))
+
+
+def by_importance(t: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
+    """Move times so that the logarithm of the mask's chance, not the chance, is linear in `t`.
+
+    Both ends of it stay near where they are: about e at 0, 1 - e at 1.
+    """
+    low, high = math.log(-math.expm1(-SCHEDULE_EPS)), math.log1p(-SCHEDULE_EPS)
+    return (low + (high - low) * t).exp() / (1 - SCHEDULE_EPS)
+
+
 # ---------------------------------------------------------------- objective
 
 
@@ -106,7 +131,7 @@ class MaskedText:
     column: str
     """Of the batch: `<column>_tokens` holds ids, and `<column>_learned`, where there is one, which
     of them are to be learned; the others are never masked."""
-    times: MaskTimes = MaskTimes()
+    times: TimeDistribution = MaskTimes()
     padding: Literal["learned", "ignored"] = "learned"
     """Whether tokens after the first end token are learned too; a text learns to stop by that."""
     end_id: int = 1

@@ -8,7 +8,8 @@ from pydantic import model_validator
 from torch import nn
 
 from udiff.autoencoders.posterior import PosteriorLatents
-from udiff.diffusion.masked_text import MaskedText, MaskTimes
+from udiff.diffusion.masked_text import ImportanceTimes, MaskedText, MaskTimes
+from udiff.diffusion.unit_gradient import UnitGradient
 from udiff.diffusion.weighted_sum import Part, WeightedSum
 from udiff.encoders.frozen import Frozen
 from udiff.encoders.t5 import load_t5
@@ -142,12 +143,14 @@ class Recipe(FamilyRecipe):
             settings.image.text_dropout_prob,
             settings.image.recaption_prob,
         )
-        image = PosteriorLatents(flow, *statistics)
+        shown = UnitGradient(flow) if settings.image.gradient == "unit" else flow
+        image = PosteriorLatents(shown, *statistics)
+        times = MaskTimes(is_antithetic=settings.text.is_antithetic)
         masked = MaskedText(
             partial(bind_text_head, states),
             mask_id=self.text.mask_id,
             column=settings.text.source,
-            times=MaskTimes(is_antithetic=settings.text.is_antithetic),
+            times=ImportanceTimes(times) if settings.text.times == "importance" else times,
             padding=settings.text.padding,
             end_id=self.text.end_id,
         )

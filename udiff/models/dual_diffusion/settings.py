@@ -76,6 +76,8 @@ class ImageLossSettings(Settings):
     read from the column `caption` (equal only where that keeps the states of padding too)."""
     recaption_prob: Fraction = 0.0
     """How often a sample's second caption (`recaption_tokens`) takes the place of its first."""
+    gradient: Literal["plain", "unit"] = "plain"
+    """Of the velocity: as it is, or scaled to length 1, so that `weight` does not count."""
 
 
 class TextLossSettings(Settings):
@@ -88,6 +90,8 @@ class TextLossSettings(Settings):
     answers are (`conversation_tokens`, `conversation_learned`)."""
     is_antithetic: bool = True
     """Spread a batch's times evenly; otherwise they are independent."""
+    times: Literal["uniform", "importance"] = "uniform"
+    """Where times lie: evenly in the mask's chance, or in its logarithm."""
     padding: Literal["learned", "ignored"] = "learned"
     """Whether the end tokens that fill a text up are learned."""
 

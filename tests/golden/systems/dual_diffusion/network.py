@@ -8,6 +8,7 @@ from tests.golden.case import Case, Outputs
 from tests.golden.systems.dual_diffusion.parts import load_network
 from udiff.diffusion.masked_text import (
     MaskTimes,
+    by_importance,
     loss_weight,
     mask_chance,
     noise_rate,
@@ -74,18 +75,9 @@ def _mask_schedule(given: dict[str, Tensor]) -> dict[str, Tensor]:
         "move_chance": mask_chance(t),
         "loss_weight": loss_weight(given["t_pos"]),
         "antithetic_t": MaskTimes().at(uniform, rows, len(rows)),
-        "antithetic_t_importance": _by_importance(MaskTimes().at(uniform, rows, len(rows))),
-        "importance_t": _by_importance(given["t_pos"]),
+        "antithetic_t_importance": by_importance(MaskTimes().at(uniform, rows, len(rows))),
+        "importance_t": by_importance(given["t_pos"]),
     }
-
-
-def _by_importance(t: Tensor) -> Tensor:
-    """Map times as importance sampling does, which no published run uses."""
-    eps = 1e-3
-    last, first = total_noise(torch.ones(())), eps + total_noise(torch.zeros(()))
-    log_last, log_first = torch.log1p(-torch.exp(-last)), torch.log1p(-torch.exp(-first))
-    sigma = -torch.log1p(-torch.exp(t * log_last + (1 - t) * log_first))
-    return -torch.expm1(-sigma) / (1 - eps)
 
 
 def _train_levels(given: dict[str, Tensor]) -> dict[str, Tensor]:
