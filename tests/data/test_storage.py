@@ -42,6 +42,21 @@ def test_temporary_files_are_not_listed_and_can_be_removed(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_a_file_that_another_job_swept_away_is_written_again(tmp_path, monkeypatch):
+    folder, sync, swept = open_folder(tmp_path), os.fsync, []
+
+    def sync_and_sweep(descriptor):
+        sync(descriptor)
+        if not swept:
+            swept.append(True)
+            folder.remove_temporaries()
+
+    monkeypatch.setattr(os, "fsync", sync_and_sweep)
+    folder.write("a", b"content")
+    assert folder.read("a") == b"content"
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_a_bucket_gets_each_file_in_one_piece():
     filesystem = fs._MockFileSystem()
     filesystem.create_dir("bucket/cache")

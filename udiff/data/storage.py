@@ -66,7 +66,10 @@ class Folder:
             return file.read()
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Write a whole file, which then has its new content or, after any failure, its old one."""
+        """Write a whole file, which then has its new content or, after any failure, its old one.
+
+        Several may write it at once: it is one of theirs, whole.
+        """
         if self._is_local:
             _replace_local(Path(self.path, name), data)
             return
@@ -78,8 +81,9 @@ class Folder:
         """Write files that belong together, the last of which is their commit.
 
         On a local disk the first of several writers wins, whole: what it commits is never mixed
-        with what another wrote. A bucket has no lock, so there a second writer is stopped only by
-        a commit that it sees.
+        with what another wrote. In a bucket, where pyarrow can put no file on the condition that
+        there is none, a second writer is stopped only by a commit that it sees; of writers whose
+        content differs, files may then be mixed.
 
         Returns:
             False where the commit was there already, and nothing was written.
@@ -106,7 +110,7 @@ class Folder:
         """Delete what killed writers left here.
 
         Only for a folder in which everything wanted is written: a writer whose file vanishes under
-        it fails.
+        it writes it again.
         """
         for name in filter(_is_temporary, self._all_names()):
             with suppress(FileNotFoundError):  # its writer, or another job, has done it
@@ -145,6 +149,8 @@ def _replace_local(path: Path, data: bytes | pa.Buffer) -> None:
     temporary = _write_temporary(path, data)
     try:
         temporary.replace(path)
+    except FileNotFoundError:  # another job, which found all done, has taken it away
+        _replace_local(path, data)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
