@@ -20,6 +20,7 @@ from PIL import Image
 from benchmarks.machine import record, spread
 from jobs.console import make_parser
 from pipelines.rows import Row
+from pipelines.stages.decode_batch import ahead, cut, decode_batch
 from pipelines.stages.encode_image import EncodeImage, PictureColumns, encode_moments
 from tests.made import draw_pictures
 from udiff.autoencoders.kl import KLAutoencoder
@@ -42,10 +43,10 @@ def main() -> None:
     pictures = draw_pictures(BATCH_SIZE * options.batches, size)
     rows = [_row(picture) for picture in pictures]
     batches = [b.to(device) for b in torch.from_numpy(pictures).split(BATCH_SIZE)]
-    _encode_bare(autoencoder, batches[:1]), stage(rows[:BATCH_SIZE], (size, size))
+    _encode_bare(autoencoder, batches[:1]), _encode_staged(stage, rows[:BATCH_SIZE], size)
     rounds = [
         (
-            _time(lambda: stage(rows, (size, size))),
+            _time(lambda: _encode_staged(stage, rows, size)),
             _time(lambda: _encode_bare(autoencoder, batches)),
         )
         for _ in range(options.rounds)
@@ -73,14 +74,18 @@ def _make(device: str, size: int) -> tuple[EncodeImage, KLAutoencoder]:
         partial(encode_moments, autoencoder.to(device)),
         dtype="float16",
     )
-    stage = EncodeImage([columns], device=device, batch_size=BATCH_SIZE, precision="fp32")
-    return stage, autoencoder
+    return EncodeImage([columns], device=device, precision="fp32"), autoencoder
 
 
 def _row(picture: np.ndarray) -> Row:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
     return {"image": file.getvalue()}
+
+
+def _encode_staged(stage: EncodeImage, rows: list[Row], size: int) -> None:
+    decode = partial(decode_batch, size=(size, size), keep_image=False)
+    stage(ahead(decode, cut(rows, BATCH_SIZE)))
 
 
 @torch.inference_mode()
@@ -108,7 +113,7 @@ def _encode_units(device: str, size: int, units: int) -> int:
     stage, _ = _make(device, size)
     for unit in range(units):
         pictures = draw_pictures(2 * BATCH_SIZE, size, seed=unit)
-        stage([_row(picture) for picture in pictures], (size, size))
+        _encode_staged(stage, [_row(picture) for picture in pictures], size)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -213,6 +213,11 @@ def _add_latents(parser: argparse.ArgumentParser) -> None:
     add("gpus", "GPUs of a worker; 0 encodes on the CPU", type=float)
     add("keep-image", "carry the pictures along, for REPA's teacher", action="store_true")
     add("workers", "processes; None for as many as the cluster has room for", type=int)
+    decoders = (
+        "CPUs of the cluster that decode the next units while workers encode; 0 has workers decode "
+        "their own, None takes what workers with GPUs leave free, up to 4 for each"
+    )
+    add("decoders", decoders, type=int)
 
 
 def _adder(parser: argparse.ArgumentParser, settings: type[Settings]) -> Any:

@@ -1,6 +1,6 @@
 """The encoders of a latents chain: what they make of a unit, and what they are known by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipelines.latents_settings import FeatureSettings, LatentsSettings, TextSettings
 from pipelines.rows import Row, Rows
+from pipelines.stages.decode_batch import Batch
 from pipelines.stages.encode_image import (
     EncodeImage,
     Images,
@@ -58,9 +59,12 @@ class Encoders:
                 shapes[column.name] = text.shape()
         return shapes
 
-    def __call__(self, rows: Sequence[Row], size: tuple[int, int]) -> Rows:
-        """Encode the rows of a unit, whose pictures have this height and width."""
-        encoded = self._image()(rows, size) if self.pictures else Rows(kept=list(rows))
+    def __call__(self, batches: Iterable[Batch]) -> Rows:
+        """Encode the batches of a unit."""
+        if self.pictures:
+            encoded = self._image()(batches)
+        else:
+            encoded = Rows(kept=[row for batch in batches for row in batch.rows.kept])
         for text in self.texts:
             encoded = text(encoded)
         return encoded
@@ -88,10 +92,7 @@ class Encoders:
 
     def _image(self) -> EncodeImage:
         return EncodeImage(
-            self.pictures,
-            device=self.settings.device,
-            batch_size=self.settings.batch_size,
-            precision=self.settings.precision,
+            self.pictures, device=self.settings.device, precision=self.settings.precision
         )
 
 

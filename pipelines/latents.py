@@ -1,10 +1,13 @@
 """Chain: a cache of pictures -> a cache of latents, encoded texts and features.
 
-read -> encode -> write, all in the actor that has the unit; a unit is one file of the pictures. All
-columns of the pictures are carried along but the picture itself.
+(read -> decode) -> encode -> write; a unit is one file of the pictures. The first half needs no
+encoder, so that tasks on any machine can do it for the actors that encode. All columns of the
+pictures are carried along but the picture itself.
 """
 
 import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,8 +15,10 @@ import pyarrow as pa
 
 from pipelines.latents_settings import LatentsSettings
 from pipelines.picture_files import PictureFiles, open_pictures
-from pipelines.schedule import PrepareReport, Workers, run_tasks, run_units
+from pipelines.rows import Rows
+from pipelines.schedule import PrepareReport, Readers, Workers, run_tasks, run_units
 from pipelines.shards import Unit
+from pipelines.stages.decode_batch import Batch, ahead, cut, decode_batch
 from pipelines.stages.write import WriteUnit
 from pipelines.update import carry_over, find_kept
 from udiff.data.manifest import (
@@ -32,6 +37,42 @@ if TYPE_CHECKING:
 _PICTURES = "pictures"
 
 
+@dataclass(frozen=True)
+class ReadUnit:
+    """What the first half of the chain makes of a unit."""
+
+    content: str
+    """Hash of the file."""
+    batches: Iterable[Batch]
+
+
+@dataclass(frozen=True)
+class ReadPictures:
+    """First half of the chain: a file of pictures -> decoded batches, all of them at once."""
+
+    pictures: PictureFiles
+    batch_size: int
+    decodes: bool
+    """Whether the pictures are looked at."""
+    keep_image: bool
+
+    def __call__(self, unit: Unit) -> ReadUnit:
+        """Read a unit whole, to be sent to where it is encoded."""
+        read = self.stream(unit)
+        return replace(read, batches=list(read.batches))
+
+    def stream(self, unit: Unit) -> ReadUnit:
+        """Read a unit and decode its batches one ahead of whoever takes them."""
+        content = self.pictures.load(unit)
+        rows = self.pictures.parse(unit, content)
+        batches: Iterable[Batch] = [Batch(Rows(kept=rows))]
+        if self.decodes:
+            size = self.pictures.size(self.pictures.bucket(unit))
+            decode = partial(decode_batch, size=size, keep_image=self.keep_image)
+            batches = ahead(decode, cut(rows, self.batch_size))
+        return ReadUnit(hashlib.sha256(content).hexdigest(), batches)
+
+
 class LatentsChain:
     """All stages from a file of pictures to its committed unit."""
 
@@ -40,13 +81,14 @@ class LatentsChain:
 
         torch.set_num_threads(settings.threads)
         torch.backends.cudnn.deterministic = True
-        self._pictures = open_pictures(settings.input)
+        pictures = open_pictures(settings.input)
+        self._read = _reading(settings, pictures)
         self._encode = _load_encoders(settings, settings.device)
         _check_identity(self._encode, plan)
         shapes = {**plan.shapes, **next(iter(plan.buckets.values()), {})}
         self._write = WriteUnit(
             open_folder(settings.output),
-            schema=pa.schema([*_carried(settings, self._pictures), *self._encode.fields(shapes)]),
+            schema=pa.schema([*_carried(settings, pictures), *self._encode.fields(shapes)]),
             texts=self._encode.text_columns(plan.shapes),
             buckets=plan.buckets,
             plan=plan.fingerprint,
@@ -55,10 +97,11 @@ class LatentsChain:
 
     def __call__(self, unit: Unit) -> UnitEntry:
         """Carry a unit from its file to its commit."""
-        size = self._pictures.size(self._pictures.bucket(unit))
-        content = self._pictures.load(unit)
-        rows = self._encode(self._pictures.parse(unit, content), size)
-        return self._write(unit, rows, content=hashlib.sha256(content).hexdigest())
+        return self.finish(unit, self._read.stream(unit))
+
+    def finish(self, unit: Unit, read: ReadUnit) -> UnitEntry:
+        """Carry a unit from its decoded pictures to its commit."""
+        return self._write(unit, self._encode(read.batches), content=read.content)
 
 
 def plan_latents(settings: LatentsSettings) -> Plan:
@@ -86,12 +129,23 @@ def make_latents(settings: LatentsSettings, plan: Plan) -> PrepareReport:
     pictures, output = open_pictures(settings.input), open_folder(settings.output)
     if not has_plan(output, plan):
         carry_over(output, plan, _find_unchanged(output, plan, pictures))
+    decoders = settings.decoders if settings.encodes_pictures else 0
     return run_units(
         partial(LatentsChain, settings.absolute(), plan),
         pictures.units(),
         folder=output,
         plan=plan,
         workers=Workers(settings.workers, cpus=settings.threads, gpus=settings.gpus),
+        readers=Readers(_reading(settings, pictures), decoders),
+    )
+
+
+def _reading(settings: LatentsSettings, pictures: PictureFiles) -> ReadPictures:
+    return ReadPictures(
+        pictures,
+        batch_size=settings.batch_size,
+        decodes=settings.encodes_pictures,
+        keep_image=settings.keep_image,
     )
 
 

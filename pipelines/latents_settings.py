@@ -136,6 +136,9 @@ class LatentsSettings(Settings):
     """GPUs of a worker, 0 for the CPU; changes the last bits of what is encoded."""
     workers: PositiveInt | None = None
     """Processes; as many as the cluster has room for where it is left open."""
+    decoders: int | None = Field(default=None, ge=0)
+    """CPUs, of any machine, that read and decode the next units while workers encode; 0 has each
+    worker decode its own. Left open: what workers with GPUs leave free, 4 for each at most."""
 
     @model_validator(mode="after")
     def _check_columns(self) -> "LatentsSettings":

@@ -1,4 +1,8 @@
-"""Runs a chain over its units with Ray Data: one actor carries a unit the whole way.
+"""Runs a chain over its units with Ray Data.
+
+One actor carries a unit the whole way; or tasks, on any machine with a CPU, read units ahead for
+the actors, so that no GPU waits for decoding. Ray Data bounds how far they are ahead, by the object
+store's memory.
 
 Units, not pictures, go through Ray. A unit that fails does not stop the others; what is missing at
 the end is found by comparing the units wanted with those committed.
@@ -8,13 +12,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from functools import cached_property, partial
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.metrics import Counter, Gauge
 from rich.console import Console
@@ -33,8 +37,10 @@ from udiff.data.manifest import (
 from udiff.data.storage import Folder
 
 Result = TypeVar("Result")
+_Columns: TypeAlias = dict[str, np.ndarray]
 
 _MAX_RETRIES = 2  # Ray Data's own default is for ever
+_READERS_PER_WORKER = 4
 _UNLIMITED = -1
 
 
@@ -44,6 +50,25 @@ class Chain(Protocol):
     def __call__(self, unit: Unit) -> UnitEntry:
         """Carry a unit from its source to its commit."""
         ...
+
+
+class SplitChain(Chain, Protocol):
+    """A chain whose first half, which needs nothing that is loaded, can be done elsewhere."""
+
+    def finish(self, unit: Unit, read: Any) -> UnitEntry:
+        """Carry a unit from what was read of it to its commit."""
+        ...
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Tasks that do the first half of a split chain."""
+
+    read: Callable[[Unit], Any]
+    """What it returns is pickled."""
+    count: int | None
+    """At a time, each with a CPU; 0 leaves reading to the workers. None takes the CPUs that workers
+    with GPUs leave free, as far as they are of use."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +104,11 @@ def run_units(
     folder: Folder,
     plan: Plan,
     workers: Workers,
+    readers: Readers | None = None,
 ) -> PrepareReport:
     """Run the units that are not committed yet, then fold the manifest.
+
+    With `readers` the chain is a `SplitChain`.
 
     Raises:
         ValueError: the cluster has too few CPUs or GPUs for the workers.
@@ -90,7 +118,7 @@ def run_units(
     done = committed_units(folder)
     missing = [unit for unit in units if unit.name not in done]
     arguments = (make_chain, folder, plan.kind)
-    reports = _run(arguments, missing, workers) if missing else []
+    reports = _run(arguments, missing, workers, readers) if missing else []
     if failed := {unit.name for unit in missing} - committed_units(folder):
         raise FailedUnitsError(_describe(failed, reports, len(units)))
     manifest = finish(folder, plan, [unit.name for unit in units])
@@ -109,6 +137,34 @@ def run_tasks(
         raise error.cause from None
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What a reader has made of a unit."""
+
+    read: Any = None
+    """None where there was no reader, or the unit was committed."""
+    error: str = ""
+
+
+def _read(batch: _Columns, *, read: Callable[[Unit], Any], folder: Folder) -> _Columns:
+    """Do the first half of a chain, as a task of Ray Data; reports instead of raising."""
+    unit = Unit(**{name: column.tolist()[0] for name, column in batch.items()})
+    outcome = np.empty(1, object)
+    try:
+        outcome[0] = _Outcome(None if is_committed(folder, unit.name) else read(unit))
+    except Exception as failure:  # as in the workers
+        outcome[0] = _Outcome(error=_explain(failure))
+    return {**batch, "outcome": outcome}
+
+
+def _carry(chain: Chain, unit: Unit, read: Any) -> UnitEntry:
+    return chain(unit) if read is None else cast(SplitChain, chain).finish(unit, read)
+
+
+def _explain(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {stable_text(failure)}"
+
+
 class _Worker:
     """What Ray Data calls: a chain in its actor, which reports instead of raising."""
 
@@ -125,18 +181,19 @@ class _Worker:
         """Made with the first unit, whose report then says why it could not be made."""
         return self._make_chain()
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        unit = Unit(**{name: column.tolist()[0] for name, column in batch.items()})
-        started, error = time.time(), ""
+    def __call__(self, batch: _Columns) -> _Columns:
+        row = {name: column.tolist()[0] for name, column in batch.items()}
+        outcome = row.pop("outcome", _Outcome())
+        unit, started, error = Unit(**row), time.time(), outcome.error
         try:
             chain, started = self._chain, time.time()
             # Workers of a killed job live on for a while, and may have finished it meanwhile.
-            if not is_committed(self._folder, unit.name):
-                self._count(chain(unit), time.time() - started)
+            if not error and not is_committed(self._folder, unit.name):
+                self._count(_carry(chain, unit, outcome.read), time.time() - started)
         except Exception as failure:  # Ray Data would give up all the other units
-            error = f"{type(failure).__name__}: {stable_text(failure)}"
+            error = _explain(failure)
         report = _Report(unit.name, unit.num_samples, started, time.time(), error)
-        return {name: [value] for name, value in asdict(report).items()}
+        return {name: np.array([value]) for name, value in asdict(report).items()}
 
     def _count(self, entry: UnitEntry, seconds: float) -> None:
         cached = sum(file.rows for file in entry.files)
@@ -155,27 +212,37 @@ class _Report:
     error: str
 
 
-def _run(arguments: tuple[Any, ...], units: Sequence[Unit], workers: Workers) -> list[_Report]:
-    num_actors = min(_pool_size(workers), len(units))
+def _run(
+    arguments: tuple[Any, ...], units: Sequence[Unit], workers: Workers, readers: Readers | None
+) -> list[_Report]:
+    num_actors, num_readers = _pool_sizes(workers, readers, len(units))
     with DataContext.current(_quiet_context()), warnings.catch_warnings():
         # Ray 2.60 means to drop these arguments, and has nothing yet that bounds retries.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        rows = (
-            ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=len(units))
-            .map_batches(
-                _Worker,
-                fn_constructor_args=arguments,
+        data: ray.data.Dataset = ray.data.from_items(
+            [asdict(unit) for unit in units], override_num_blocks=len(units)
+        )
+        if readers is not None and num_readers:
+            data = data.map_batches(
+                partial(_read, read=readers.read, folder=arguments[1]),
                 batch_size=1,
                 batch_format="numpy",
-                # One in flight: a unit that is queued on an actor that dies would be dropped.
-                compute=ActorPoolStrategy(size=num_actors, max_tasks_in_flight_per_actor=1),
-                num_cpus=workers.cpus,
-                num_gpus=workers.gpus,
-                max_task_retries=_MAX_RETRIES,
-                max_restarts=_UNLIMITED,
+                compute=TaskPoolStrategy(size=num_readers),
+                num_cpus=1,
+                max_retries=_MAX_RETRIES,
             )
-            .iter_rows()
-        )
+        rows = data.map_batches(
+            _Worker,
+            fn_constructor_args=arguments,
+            batch_size=1,
+            batch_format="numpy",
+            # One in flight: a unit that is queued on an actor that dies would be dropped.
+            compute=ActorPoolStrategy(size=num_actors, max_tasks_in_flight_per_actor=1),
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus,
+            max_task_retries=_MAX_RETRIES,
+            max_restarts=_UNLIMITED,
+        ).iter_rows()
         return _follow(rows, sum(unit.num_samples for unit in units))
 
 
@@ -212,20 +279,29 @@ def _speed(reports: Sequence[_Report]) -> float:
     return sum(report.images for report in reports if not report.error) / max(seconds, 1e-9)
 
 
-def _pool_size(workers: Workers) -> int:
-    """Give the number of actors, which must all fit: Ray Data waits for room in silence."""
+def _pool_sizes(workers: Workers, readers: Readers | None, num_units: int) -> tuple[int, int]:
+    """Give the numbers of actors and readers, for which there must be room at one time.
+
+    Ray Data would wait for room in silence.
+    """
     there = ray.cluster_resources()
-    room = int(there.get("CPU", 0) // workers.cpus)
+    cpus, gpus = there.get("CPU", 0), there.get("GPU", 0)
+    wanted = (readers and readers.count) or 0
+    room = max(0, int((cpus - wanted) // workers.cpus))
     if workers.gpus:
-        room = min(room, int(there.get("GPU", 0) // workers.gpus))
+        room = min(room, int(gpus // workers.gpus))
     count = room if workers.count is None else workers.count
     if not 0 < count <= room:
+        beside = f" beside {wanted} decoders" if wanted else ""
         raise ValueError(
-            f"{count or 1} workers of {workers.cpus} CPU and {workers.gpus:g} GPU each, but the "
-            f"cluster has {there.get('CPU', 0):g} CPU and {there.get('GPU', 0):g} GPU: "
-            "lower --workers or --threads"
+            f"{count or 1} workers of {workers.cpus} CPU and {workers.gpus:g} GPU each{beside}, "
+            f"but the cluster has {cpus:g} CPU and {gpus:g} GPU: lower --workers or --threads"
+            f"{' or --decoders' if wanted else ''}"
         )
-    return count
+    count = min(count, num_units)
+    if readers is not None and readers.count is None and workers.gpus:
+        wanted = min(_READERS_PER_WORKER * count, int(cpus - count * workers.cpus))
+    return count, wanted
 
 
 def _describe(failed: set[str], reports: Sequence[_Report], num_units: int) -> str:

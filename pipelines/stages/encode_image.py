@@ -1,11 +1,10 @@
 """Stage: pictures -> latents and features. One of each encoder per actor."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,17 +12,16 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from pipelines.rows import Reason, Refusal, Row, Rows
+from pipelines.stages.decode_batch import Batch
 from udiff.autoencoders.kl import KLAutoencoder
 from udiff.autoencoders.pixels import to_pixels
 from udiff.data.packing import PackedDtype
-from udiff.data.schema import FLIPPED, decode_png
+from udiff.data.schema import FLIPPED
 
 Precision = Literal["fp32", "bf16"]
 Images = UInt8[Tensor, "batch height width 3"]
 Encode = Callable[[Images, Sequence[Row]], dict[str, Tensor]]
 """Makes columns, float (batch, ...), of pictures and the rows that they belong to."""
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,26 +35,20 @@ class PictureColumns:
 
 
 class EncodeImage:
-    """Encode the pictures of a unit, decoding the next batch while the networks have this one.
+    """Encode the pictures of a unit, batch by batch as they come.
 
     Batches are cut inside the unit in row order, so that its bytes do not depend on its neighbors.
 
-    Reads: image (PNG bytes, RGB, all of one size).
+    Reads: batches of decoded pictures.
     Writes: the columns of its encoders, float (...) each.
-    Refuses: pictures that cannot be decoded, and values that the stored type cannot hold.
+    Refuses: values that the stored type cannot hold.
     """
 
     def __init__(
-        self,
-        columns: Sequence[PictureColumns],
-        *,
-        device: str,
-        batch_size: int,
-        precision: Precision,
+        self, columns: Sequence[PictureColumns], *, device: str, precision: Precision
     ) -> None:
         self._columns = columns
         self._device = torch.device(device)
-        self._batch_size = batch_size
         self._precision = precision
 
     def shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -65,31 +57,26 @@ class EncodeImage:
         encoded = self._encode(black, [{"key": "", "source": ""}])
         return {name: values.shape[1:] for name, values in encoded.items()}
 
-    def __call__(self, rows: Sequence[Row], size: tuple[int, int]) -> Rows:
-        """Encode all rows of a unit, in order; their pictures have this height and width."""
+    def __call__(self, batches: Iterable[Batch]) -> Rows:
+        """Encode all rows of a unit, in order."""
         encoded = Rows()
-        batches = [
-            rows[start : start + self._batch_size]
-            for start in range(0, len(rows), self._batch_size)
-        ]
-        with ThreadPoolExecutor(1) as pool:
-            for batch in ahead(pool, partial(_decode, size=size), batches):
-                encoded.rejected += batch.rejected
-                self._add(encoded, batch.kept)
+        for batch in batches:
+            encoded.rejected += batch.rows.rejected
+            if batch.rows.kept:
+                self._add(encoded, batch)
         return encoded
 
-    def _add(self, encoded: Rows, rows: Sequence[Row]) -> None:
-        if not rows:
-            return
-        columns = self._encode(np.stack([row["decoded"] for row in rows]), rows)
-        for number, row in enumerate(rows):
-            rest = {name: value for name, value in row.items() if name != "decoded"}
+    def _add(self, encoded: Rows, batch: Batch) -> None:
+        assert batch.images is not None
+        columns = self._encode(batch.images, batch.rows.kept)
+        for number, row in enumerate(batch.rows.kept):
             values = {name: column[number] for name, column in columns.items()}
-            encoded.add({**rest, **values}, partial(check_finite, names=tuple(values)))
+            encoded.add({**row, **values}, partial(check_finite, names=tuple(values)))
 
     @torch.inference_mode()
     def _encode(self, images: np.ndarray, rows: Sequence[Row]) -> dict[str, np.ndarray]:
-        pictures, half = torch.from_numpy(images).to(self._device), self._precision == "bf16"
+        # A copy: images that another process decoded are in memory that must not be written to.
+        pictures, half = torch.tensor(images, device=self._device), self._precision == "bf16"
         found: dict[str, np.ndarray] = {}
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
             for columns in self._columns:
@@ -127,23 +114,6 @@ def _normal(seed: int, row: Row, shape: Sequence[int]) -> Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-def _decode(rows: Sequence[Row], size: tuple[int, int]) -> Rows:
-    decoded = Rows()
-    for row in rows:
-        decoded.add(row, partial(_pixels, size=size))
-    return decoded
-
-
-def _pixels(row: Row, size: tuple[int, int]) -> Row:
-    try:
-        image = decode_png(row["image"])
-    except Exception as error:
-        raise Refusal(Reason.CORRUPT, error) from error
-    if image.shape != (*size, 3):
-        raise Refusal(Reason.UNSUPPORTED, f"picture of shape {image.shape}")
-    return {**row, "decoded": image}
-
-
 def check_finite(row: Row, names: Sequence[str]) -> Row:
     """Refuse values that overflowed, in the network or in the stored type.
 
@@ -153,20 +123,6 @@ def check_finite(row: Row, names: Sequence[str]) -> Row:
         if not np.isfinite(row[name]).all():
             raise Refusal(Reason.NOT_FINITE, name)
     return row
-
-
-def ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[Result]:
-    """Yield function(item) in order, working on the next while the caller has this one."""
-    pending = None
-    for item in items:
-        upcoming = pool.submit(function, item)
-        if pending is not None:
-            yield pending.result()
-        pending = upcoming
-    if pending is not None:
-        yield pending.result()
 
 
 def to_stored(values: Tensor, dtype: PackedDtype) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.rows import Row, Rows
-from pipelines.stages.encode_image import ahead
+from pipelines.stages.decode_batch import ahead, cut
 from pipelines.stages.sane import DEFAULT_PROMPT, Made
 from pipelines.stages.sign import open_cached
 
@@ -47,17 +46,14 @@ class Recaption:
 
     def __call__(self, name: str, rows: Sequence[Row]) -> Rows:
         """Caption all rows of the unit of this name, in order."""
-        captioned, size = Rows(), self._settings.batch_size
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        with ThreadPoolExecutor(1) as pool:
-            for number, batch in enumerate(ahead(pool, _decode, batches)):
-                captioned.rejected += batch.rejected
-                if batch.kept:
-                    made = self._caption(
-                        [row.pop("picture") for row in batch.kept], f"{name}/{number}"
-                    )
-                    pairs = zip(batch.kept, made, strict=True)
-                    captioned.kept += [{**row, "made": captions} for row, captions in pairs]
+        captioned, batches = Rows(), cut(rows, self._settings.batch_size)
+        for number, batch in enumerate(ahead(_decode, batches)):
+            captioned.rejected += batch.rejected
+            if batch.kept:
+                pictures = [row.pop("picture") for row in batch.kept]
+                made = self._caption(pictures, f"{name}/{number}")
+                pairs = zip(batch.kept, made, strict=True)
+                captioned.kept += [{**row, "made": captions} for row, captions in pairs]
         return captioned
 
     def _caption(self, pictures: Sequence[Image.Image], place: str) -> list[list[Made]]:

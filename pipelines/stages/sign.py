@@ -1,13 +1,14 @@
 """Stage: pictures -> signatures, by which duplicates are found."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from pipelines.rows import Reason, Refusal, Row, Rows
+from pipelines.stages.decode_batch import cut
 from udiff.data.schema import decode_png
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def sign_by_embedding(rows: Sequence[Row], score: "Score", batch_size: int) -> R
     Refuses: a picture that cannot be decoded.
     """
     signed = Rows()
-    for batch in _batches(rows, batch_size):
+    for batch in cut(rows, batch_size):
         decoded = Rows()
         for row in batch:
             decoded.add(row, lambda row: {**row, "picture": open_cached(row)})
@@ -90,7 +91,3 @@ def _signature(row: Row, identity: int, *, comparable: bool) -> Row:
 
 def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
-
-
-def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))

@@ -1,5 +1,6 @@
 """Every column that a latents cache can have, made of real pictures by small real encoders."""
 
+import pickle
 import shutil
 from itertools import islice
 
@@ -10,7 +11,7 @@ import torch
 from timm.models import VisionTransformer
 
 from pipelines.encoders import Encoders, feature_columns
-from pipelines.latents import LatentsChain, plan_latents
+from pipelines.latents import LatentsChain, ReadPictures, plan_latents
 from pipelines.latents_settings import FeatureSettings, LatentsSettings
 from pipelines.picture_files import open_pictures
 from pipelines.stages.encode_image import EncodeImage
@@ -214,10 +215,11 @@ def test_features_stand_beside_latents_in_one_pass(made):
     encoder = DINOv2(transformer)
     feature = FeatureSettings(path="made", dtype="int8")
     columns = feature_columns(feature, encoder)
-    encode = EncodeImage([columns], device="cpu", batch_size=4, precision="fp32")
+    encode = EncodeImage([columns], device="cpu", precision="fp32")
     assert encode.shapes(32, 32) == {"dino_feature": (4, 24)}
     pictures = open_pictures(str(made / "pictures"))
-    rows = encode(pictures.read(pictures.units()[0]), (32, 32))
+    read = ReadPictures(pictures, batch_size=4, decodes=True, keep_image=False)
+    rows = encode(read.stream(pictures.units()[0]).batches)
     images = torch.from_numpy(draw_pictures(ROWS, 32)[:8]).permute(0, 3, 1, 2) / 255
     found = np.stack([row["dino_feature"] for row in rows.kept])
     np.testing.assert_allclose(found, encoder(images), atol=1e-4)
@@ -284,12 +286,36 @@ def test_after_a_caption_changed_only_its_file_is_encoded_again(made, tmp_path):
         plan_latents(_settings(made, tmp_path / "out", **paths | {"update": False}))
     assert _update(_settings(made, tmp_path / "out", **paths)) == ["00005"]
     _make(_settings(made, tmp_path / "fresh", **paths))
-    updated, fresh = (
-        {file.relative_to(tmp_path / name): file.read_bytes()
-         for file in (tmp_path / name).rglob("*") if file.is_file()}
-        for name in ("out", "fresh")
-    )  # fmt: skip
-    assert updated == fresh
+    assert _files(tmp_path / "out") == _files(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("changes", [{}, {"keep_image": True}, {"autoencoder": None}])
+def test_pictures_that_another_process_decoded_make_the_same_bytes(made, tmp_path, changes):
+    shutil.copytree(made / "pictures", tmp_path / "in")
+    damaged = tmp_path / "in" / "data" / "00000.parquet"
+    table = pq.read_table(damaged)
+    rows = table.to_pylist()
+    rows[1]["image"] = rows[1]["image"][:50]
+    pq.write_table(table.from_pylist(rows, schema=table.schema), damaged)
+    whole, split = (
+        _settings(made, tmp_path / name, input=str(tmp_path / "in"), **changes)
+        for name in ("whole", "split")
+    )
+    _make(whole)
+    chain, pictures = LatentsChain(split, plan_latents(split)), open_pictures(split.input)
+    read = ReadPictures(
+        pictures, batch_size=4, decodes=split.encodes_pictures, keep_image=split.keep_image
+    )
+    for unit in pictures.units():
+        chain.finish(unit, pickle.loads(pickle.dumps(read(unit))))
+    finish(open_folder(split.output), plan_latents(split), [u.name for u in pictures.units()])
+    assert _files(tmp_path / "whole") == _files(tmp_path / "split")
+
+
+def _files(folder):
+    return {
+        file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+    }
 
 
 def test_what_cannot_be_encoded_is_named(made, tmp_path):
