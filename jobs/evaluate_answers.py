@@ -1,15 +1,18 @@
-"""Rate a model's answers or captions: VQA accuracy, or CIDEr and BLEU.
+"""Rate a model's answers or captions: VQA accuracy, exact answers, or CIDEr and BLEU.
 
     python -m jobs.evaluate_answers --bundle BUNDLE --questions QUESTIONS.jsonl --out rated
     python -m jobs.evaluate_answers --metric captions --task image_to_text ... --bundle BUNDLE
 
 A line of the questions is a request of the task and its references, as `{"image": "a.jpg",
 "question": "what color is it?", "references": ["red", "red", "dark red"]}`. They are answered side
-by side on the running Ray; --out gets `answers.jsonl` (each line with its `answer`) and
-`scores.json`. Without --bundle the lines must hold an `answer` already, as `answers.jsonl` has.
+by side on the running Ray; --out gets `answers.jsonl` (each line with its `answer`), `scores.json`,
+and of lines that have a `question_id` `submission.json`, as evaluation servers take it. Without
+--bundle the lines must hold an `answer` already, as `answers.jsonl` has. `jobs.questions` makes
+such lines of a benchmark's files.
 
-VQA accuracy wants ten references of each question; answers are normalized as the VQA evaluation
-toolkit does, references always.
+VQA accuracy wants ten references of each question, `--metric exact` one; answers are normalized as
+the VQA evaluation toolkit does, references always. `--metric none` rates nothing, of questions
+whose answers are kept back.
 """
 
 import argparse
@@ -24,19 +27,20 @@ from jobs.console import UserError, make_parser, run_job
 from jobs.sample import open_pictures
 from pipelines.generate import generate
 from udiff.bundle import load_bundle
-from udiff.evaluation.answers import number_answers, vqa_accuracy
+from udiff.evaluation.answers import is_exact, number_answers, vqa_accuracy
 from udiff.evaluation.captions import rate_captions
 from udiff.system import Task
 
-REFERENCES, ANSWER = "references", "answer"
+REFERENCES, ANSWER, QUESTION_ID = "references", "answer", "question_id"
+METRICS = ("vqa", "exact", "captions", "none")
 Line = dict[str, Any]
 
 
 def rate(lines: Sequence[Line], *, metric: str) -> dict[str, float]:
-    """Rate answered lines; VQA accuracy in percent, with two decimals.
+    """Rate answered lines; accuracies in percent, with two decimals.
 
     Raises:
-        UserError: a line has no answer.
+        UserError: a line has no answer, or too few references to be rated.
     """
     missing = [
         number for number, line in enumerate(lines, 1) if not isinstance(line.get(ANSWER), str)
@@ -45,6 +49,17 @@ def rate(lines: Sequence[Line], *, metric: str) -> dict[str, float]:
         raise UserError(f"line {missing[0]} has no {ANSWER}: give a --bundle that answers")
     if metric == "captions":
         return rate_captions([line[ANSWER] for line in lines], [line[REFERENCES] for line in lines])
+    if metric == "exact":
+        hits = [is_exact(line[ANSWER], line[REFERENCES]) for line in lines]
+        return {"exact_accuracy": round(100 * sum(hits) / len(hits), 2)}
+    if metric == "none":
+        return {}
+    single = [number for number, line in enumerate(lines, 1) if len(line[REFERENCES]) == 1]
+    if single:
+        raise UserError(
+            f"line {single[0]} has one of the {REFERENCES}, of which VQA accuracy wants ten: no "
+            "answer could agree with another; use --metric exact"
+        )
     scores = [vqa_accuracy(line[ANSWER], number_answers(line[REFERENCES])) for line in lines]
     return {"vqa_accuracy": round(100 * sum(scores) / len(scores), 2)}
 
@@ -68,20 +83,36 @@ def answer(
     return [{**line, ANSWER: text} for line, text in zip(lines, found, strict=True)]
 
 
-def read_lines(file: Path) -> list[Line]:
-    """Read questions with their references.
+def read_lines(file: Path, *, rated: bool = True) -> list[Line]:
+    """Read questions with their references, which those that are `rated` must have.
 
     Raises:
         UserError: a line is no JSON object, or has no references.
     """
-    lines = [json.loads(text) for text in file.read_text("utf-8").splitlines() if text.strip()]
-    for number, line in enumerate(lines, 1):
-        references = line.get(REFERENCES) if isinstance(line, dict) else None
-        if not isinstance(references, list) or not references:
+    lines = []
+    # Not `splitlines`: texts may hold what it takes for an end of a line.
+    for number, text in enumerate(file.read_text("utf-8").split("\n"), 1):
+        if not text.strip():
+            continue
+        line = _parse(text, f"{file} line {number}")
+        references = line.get(REFERENCES)
+        is_list = isinstance(references, list) and all(isinstance(r, str) for r in references)
+        if rated and not (references and is_list):
             raise UserError(f"{file} line {number} has no list of {REFERENCES}")
+        lines.append(line)
     if not lines:
         raise UserError(f"{file} holds no questions")
     return lines
+
+
+def _parse(text: str, place: str) -> Line:
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place} is no JSON: {error}") from None
+    if not isinstance(line, dict):
+        raise UserError(f"{place} is no JSON object, but a {type(line).__name__}")
+    return line
 
 
 def _request(number: int, line: Line, task: Task, folder: Path) -> dict[str, Any]:
@@ -101,33 +132,41 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    lines = read_lines(options.questions)
+    lines = read_lines(options.questions, rated=options.metric != "none")
     if options.bundle:
         lines = answer(
             lines,
             bundle=options.bundle,
             task=options.task,
-            folder=options.questions.parent,
+            folder=options.pictures or options.questions.parent,
             workers=options.workers,
             gpus=options.gpus,
         )
     scores = {**rate(lines, metric=options.metric), "num_questions": len(lines)}
     text = json.dumps(scores, indent=1)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        answered = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (options.out / "answers.jsonl").write_text(answered, "utf-8")
-        (options.out / "scores.json").write_text(text + "\n")
+        _write(lines, text, options.out)
     print(text)
+
+
+def _write(lines: Sequence[Line], scores: str, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    answered = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (out / "answers.jsonl").write_text(answered, "utf-8")
+    (out / "scores.json").write_text(scores + "\n")
+    if all(QUESTION_ID in line for line in lines):
+        submitted = [{name: line[name] for name in (QUESTION_ID, ANSWER)} for line in lines]
+        (out / "submission.json").write_text(json.dumps(submitted, ensure_ascii=False), "utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("jobs.evaluate_answers", __doc__)
     add = parser.add_argument
     add("--questions", type=Path, required=True, help="JSON lines, with references")
+    add("--pictures", type=Path, help="folder of the pictures (default: that of the questions)")
     add("--bundle", help="folder of the bundle that is to answer them")
     add("--task", default="visual_question_answering", help="(default: %(default)s)")
-    add("--metric", choices=["vqa", "captions"], default="vqa", help="(default: %(default)s)")
+    add("--metric", choices=METRICS, default="vqa", help="(default: %(default)s)")
     add("--out", type=Path, help="folder to write")
     add("--workers", type=int, default=1, help="(default: %(default)s)")
     add("--gpus", type=float, default=0, help="of each worker (default: %(default)s)")

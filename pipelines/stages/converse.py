@@ -18,7 +18,8 @@ def take_conversation(row: Row) -> Row:
     """Take all turns of a conversation, or a question with one of its reference answers.
 
     Reads: metadata: LLaVA's `conversations`; or `question` and `answer` or `answers` (texts, or
-    records with an `answer`), of which one is picked by the row's key.
+    records with an `answer`), of which one is picked by the row's key and question; or a line of
+    `jobs.questions`, whose `references` are such answers, and its question as it is to be asked.
     Writes: conversation, the JSON list of [question, answer].
     Refuses: rows without any, or with one that cannot be read.
     """
@@ -40,13 +41,21 @@ def _turns(metadata: dict[str, Any], key: str) -> list[tuple[str, str]]:
         ]
     if "question" not in metadata:
         return []
-    answers = metadata.get("answers") or [metadata.get("answer")]
+    question = _text(metadata["question"])
+    if "references" in metadata:
+        answers = metadata["references"]
+    else:
+        question += SHORT_ANSWER
+        answers = metadata.get("answers") or [metadata.get("answer")]
     if not isinstance(answers, list):
-        raise Refusal(Reason.BAD_TEXT, "answers is no list")
+        raise Refusal(Reason.BAD_TEXT, "the answers are no list")
+    return [(question, _pick(answers, f"{key} {question}"))] if answers else []
+
+
+def _pick(answers: list[Any], key: str) -> str:
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % len(answers)
     picked = answers[number]
-    answer = picked.get("answer") if isinstance(picked, dict) else picked
-    return [(_text(metadata["question"]) + SHORT_ANSWER, _text(answer))]
+    return _text(picked.get("answer") if isinstance(picked, dict) else picked)
 
 
 def _field(turn: Any, name: str) -> str:

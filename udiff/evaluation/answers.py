@@ -83,6 +83,12 @@ def vqa_accuracy(prediction: str, references: Sequence[Mapping[str, Any]]) -> fl
     return sum(scores) / len(scores)
 
 
+def is_exact(prediction: str, references: Sequence[str]) -> bool:
+    """Say whether an answer is one of the references, all normalized: GQA's accuracy."""
+    answer = normalize_answer(normalize_answer(prediction))
+    return answer in {normalize_answer(reference) for reference in references}
+
+
 def number_answers(answers: Sequence[str]) -> list[dict[str, Any]]:
     """Make records of plain reference answers."""
     return [{"answer": answer, "answer_id": number} for number, answer in enumerate(answers, 1)]
