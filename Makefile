@@ -29,7 +29,7 @@ test: setup ## all tests but the long ones
 	$(BIN)/python -m pytest -m 'not ray and not long' tests -n 2 --dist loadfile
 
 long: setup ## the long tests: whole runs, killed again and again
-	$(BIN)/python -m pytest -m long tests
+	$(BIN)/python -m pytest -m long tests --timeout 900
 
 check: setup ## style, types and layers
 	$(BIN)/ruff format --check .
