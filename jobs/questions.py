@@ -1,6 +1,6 @@
 """Bring a benchmark's questions about pictures into one list, to evaluate or to train on.
 
-    python -m jobs.questions --benchmark okvqa --input OpenEnded_mscoco_val2014_questions.json \
+    python -m jobs.questions --benchmark okvqa --input OpenEnded_mscoco_val2014_questions.json \\
         --annotations mscoco_val2014_annotations.json --out okvqa.jsonl
     python -m jobs.questions --benchmark gqa --input testdev_balanced_questions.json --out gqa.jsonl
     python -m jobs.questions --benchmark vqav2 --input val.parquet --pictures DIR --out vqav2.jsonl
@@ -8,9 +8,9 @@
 A line is `{"question_id": ..., "image": "a.jpg", "question": ..., "references": [...]}`, with
 the picture's path below the benchmark's folder; a parquet file's are written to --pictures. Then
 
-    python -m jobs.evaluate_answers --bundle BUNDLE --questions okvqa.jsonl --pictures val2014 \
+    python -m jobs.evaluate_answers --bundle BUNDLE --questions okvqa.jsonl --pictures val2014 \\
         --out rated
-    python -m jobs.prepare pictures --input train.jsonl --pictures train2014 --conversations \
+    python -m jobs.prepare pictures --input train.jsonl --pictures train2014 --conversations \\
         --captions optional --size 512 --output CACHE
 
 GQA's answers are rated with `--metric exact`: there is one for each question.

@@ -1,19 +1,20 @@
 """What systems share that make a picture of a class: one denoiser of latents, and one task."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from udiff.autoencoders.posterior import PosteriorLatents
 from udiff.diffusion.compose import Composed
+from udiff.samplers.normals import normals_from
 from udiff.samplers.reuse import RefreshPlan
 from udiff.settings import OptimizerSettings, ReuseSettings
-from udiff.system import Phase, Sampling, System, Task
+from udiff.system import Guidance, Phase, Sampling, Steps, System, Task
 
 TASK = "class_to_image"
 
@@ -30,11 +31,33 @@ class ClassToImage(BaseModel):
 
 
 class Begin(Protocol):
-    """Begins one sample, with everything said."""
+    """Begins a sampler, with everything said, and says how its queries are guided."""
 
     def __call__(  # noqa: D102
-        self, label: int, seed: int, *, num_steps: int, scale: float, device: torch.device
-    ) -> Sampling: ...
+        self, normals: Iterator[Tensor], *, num_steps: int, scale: float
+    ) -> tuple[Steps, Guidance]: ...
+
+
+class LatentShape(Protocol):
+    """What a family's settings of latents have."""
+
+    @property
+    def channels(self) -> int: ...  # noqa: D102
+    @property
+    def height(self) -> int: ...  # noqa: D102
+    @property
+    def width(self) -> int: ...  # noqa: D102
+
+
+class LabelSampling(Protocol):
+    """What a family's settings of sampling have, among others; they are hashable."""
+
+    @property
+    def num_steps(self) -> int: ...  # noqa: D102
+    @property
+    def guidance_scale(self) -> float: ...  # noqa: D102
+    @property
+    def reuse(self) -> ReuseSettings | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -42,20 +65,18 @@ class LabelTask:
     """How a family answers `ClassToImage`."""
 
     begin: Begin
+    sampling: LabelSampling
+    """What requests leave open. Refresh steps are searched anew when any of it changes."""
+    latent: LatentShape
     num_classes: int
-    num_steps: int
-    """Where a request leaves it open; so too `guidance_scale`."""
-    guidance_scale: float
     has_null_label: bool
     """Without one, nothing can be guided."""
-    identity: Hashable
-    """All else that samples depend on: refresh steps are searched anew when it changes."""
-    reuse: ReuseSettings | None = None
     request: type[ClassToImage] = ClassToImage
 
     def make(self, denoiser: nn.Module) -> Task:
         """Make the task."""
-        plan = RefreshPlan(denoiser, self.reuse) if self.reuse else None
+        reuse = self.sampling.reuse
+        plan = RefreshPlan(denoiser, reuse) if reuse else None
         start = partial(self._start, plan)
         return Task(TASK, self.request, start, denoiser, example={"label": 0})
 
@@ -63,17 +84,30 @@ class LabelTask:
         self, plan: RefreshPlan | None, request: ClassToImage, *, device: torch.device
     ) -> Sampling:
         scale = request.guidance_scale
-        scale = self.guidance_scale if scale is None else scale
+        scale = self.sampling.guidance_scale if scale is None else scale
         self._check(request.label, scale)
-        num_steps = request.num_steps or self.num_steps
-        begin = partial(self.begin, num_steps=num_steps, scale=scale, device=device)
+        num_steps = request.num_steps or self.sampling.num_steps
+        begin = partial(self._begin, num_steps=num_steps, scale=scale, device=device)
         sampling = begin(request.label, request.seed)
         if plan is None:
             return sampling
         return plan.apply(
             sampling,
-            key=(num_steps, scale, self.identity, device),
+            key=(num_steps, scale, self.sampling, device),
             begin=lambda number, seed: begin(number % self.num_classes, seed),
+        )
+
+    def _begin(
+        self, label: int, seed: int, *, num_steps: int, scale: float, device: torch.device
+    ) -> Sampling:
+        shape = self.latent.channels, self.latent.height, self.latent.width
+        normals = normals_from(seed, shape, device)
+        steps, guidance = self.begin(normals, num_steps=num_steps, scale=scale)
+        return Sampling(
+            steps,
+            conditions={"label": torch.tensor(label, device=device)},
+            null_conditions={"label": torch.tensor(self.num_classes, device=device)},
+            guidance=guidance,
         )
 
     def _check(self, label: int, scale: float) -> None:

@@ -258,6 +258,20 @@ class ExtraLossSettings(Settings):
         return self
 
 
+class SquareLatentSettings(Settings):
+    """Shape of the latents, of networks whose positions are those of a square."""
+
+    channels: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+
+    @model_validator(mode="after")
+    def _check(self) -> "SquareLatentSettings":
+        if self.height != self.width:
+            raise ValueError(f"latents must be square, got {self.height} x {self.width}")
+        return self
+
+
 class ReuseSettings(Settings):
     """Reuse of the encoder's state between sampling steps (arXiv 2504.05741)."""
 

@@ -45,21 +45,12 @@ def test_paths_run_from_noise_to_data(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_interpolation_agrees_with_the_coefficients(path: Path) -> None:
-    ends = _ends()
-    point = path.at(per_sample(T, ends.data))
-    x_t, velocity = path.interpolate(ends.data, ends.noise, T)
-    torch.testing.assert_close(x_t, point.alpha * ends.data + point.sigma * ends.noise)
-    torch.testing.assert_close(velocity, VELOCITY.target(ends, point))
-
-
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("source", PREDICTIONS)
 @pytest.mark.parametrize("target", PREDICTIONS)
 def test_every_prediction_can_be_turned_into_every_other(path: Path, source, target) -> None:
     ends = _ends()
     point = path.at(per_sample(T, ends.data))
-    x_t = path.interpolate(ends.data, ends.noise, T).x_t
+    x_t = point.place(ends.data, ends.noise)
     turned = convert(source.target(ends, point), x_t, point, source=source, target=target)
     torch.testing.assert_close(turned, target.target(ends, point))
 

@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity
 from udiff.diffusion.objective import Network, Objective, Recorded
 from udiff.diffusion.parameterization import (
     VELOCITY,
+    Ends,
     Parameterization,
     convert,
 )
@@ -40,14 +41,15 @@ class VelocityDirection:
         recorded = Recorded(network)
         losses = self.objective(recorded, batch, draws)
         data, noise, t = batch["latent"], draws["noise"], draws[self.time].float()
-        x_t, velocity = self.path.interpolate(data, noise, t)
+        point = self.path.at(per_sample(t, data))
         velocity_pred = convert(
             recorded.prediction.output[:, : data.shape[1]].float(),  # others are variances
-            x_t,
-            self.path.at(per_sample(t, data)),
+            point.place(data, noise),
+            point,
             source=self.prediction,
             target=VELOCITY,
         )
+        velocity = VELOCITY.target(Ends(data, noise), point)
         direction = direction_loss(velocity_pred, velocity)
         return Losses(
             losses.total + self.weight * direction,

@@ -56,7 +56,7 @@ class FlowMatching:
         """Compute the loss; `batch["latent"]` is normalized."""
         data, noise, t = batch["latent"], draws["noise"], draws["t"]
         point = self.path.at(per_sample(t, data))
-        x_t = self.path.interpolate(data, noise, t).x_t
+        x_t = point.place(data, noise)
         conditions = {name: draws[name] for name in self.conditions.names}
         output = network(x_t, t, **conditions).output.float()
         residual = self.prediction.residual(output, Ends(data, noise), point)

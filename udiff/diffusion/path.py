@@ -26,12 +26,11 @@ class Coefficients(NamedTuple):
         """
         return self.log_alpha_dot * self.sigma**2 - self.sigma * self.sigma_dot
 
-
-class PathPoint(NamedTuple):
-    """A noised sample and how fast it moves along its path."""
-
-    x_t: Float[Tensor, "batch ..."]
-    velocity: Float[Tensor, "batch ..."]
+    def place(
+        self, data: Float[Tensor, "..."], noise: Float[Tensor, "..."]
+    ) -> Float[Tensor, "..."]:
+        """Compute x_t between data and noise."""
+        return self.alpha * data + self.sigma * noise
 
 
 @runtime_checkable
@@ -41,14 +40,6 @@ class Path(Protocol):
     def at(self, t: Float[Tensor, "*times"]) -> Coefficients:
         """Compute the coefficients at times in [0, 1], in their shape and dtype."""
 
-    def interpolate(
-        self,
-        data: Float[Tensor, "batch ..."],
-        noise: Float[Tensor, "batch ..."],
-        t: Float[Tensor, " batch"],
-    ) -> PathPoint:
-        """Place each sample at its time."""
-
 
 class LinearPath:
     """The straight path alpha = t, sigma = 1 - t (arXiv 2209.03003, equation 1)."""
@@ -57,16 +48,6 @@ class LinearPath:
         """Compute the coefficients; the derivatives are 1 and -1."""
         one = torch.ones_like(t)
         return Coefficients(t, 1 - t, one, -one, 1 / t)
-
-    def interpolate(
-        self,
-        data: Float[Tensor, "batch ..."],
-        noise: Float[Tensor, "batch ..."],
-        t: Float[Tensor, " batch"],
-    ) -> PathPoint:
-        """Place each sample at its time; the velocity is data minus noise."""
-        t = per_sample(t, data)
-        return PathPoint(t * data + (1 - t) * noise, data - noise)
 
 
 class GVPPath:
@@ -80,15 +61,6 @@ class GVPPath:
         rate = math.pi / 2
         alpha, sigma = torch.sin(rate * t), torch.cos(rate * t)
         return Coefficients(alpha, sigma, rate * sigma, -rate * alpha, rate / torch.tan(rate * t))
-
-    def interpolate(
-        self,
-        data: Float[Tensor, "batch ..."],
-        noise: Float[Tensor, "batch ..."],
-        t: Float[Tensor, " batch"],
-    ) -> PathPoint:
-        """Place each sample at its time."""
-        return _interpolate(self.at(per_sample(t, data)), data, noise)
 
 
 class VPPath:
@@ -109,25 +81,9 @@ class VPPath:
         sigma_dot = -(alpha**2) * log_alpha_dot / sigma
         return Coefficients(alpha, sigma, alpha * log_alpha_dot, sigma_dot, log_alpha_dot)
 
-    def interpolate(
-        self,
-        data: Float[Tensor, "batch ..."],
-        noise: Float[Tensor, "batch ..."],
-        t: Float[Tensor, " batch"],
-    ) -> PathPoint:
-        """Place each sample at its time."""
-        return _interpolate(self.at(per_sample(t, data)), data, noise)
-
 
 def per_sample(
     t: Float[Tensor, " batch"], like: Float[Tensor, "batch ..."]
 ) -> Float[Tensor, "batch ..."]:
     """Shape one value per sample so that it multiplies `like`."""
     return t.view(-1, *[1] * (like.ndim - 1))
-
-
-def _interpolate(point: Coefficients, data: Tensor, noise: Tensor) -> PathPoint:
-    return PathPoint(
-        point.alpha * data + point.sigma * noise,
-        point.alpha_dot * data + point.sigma_dot * noise,
-    )

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from udiff.diffusion.gaussian import NoiseSchedule
-from udiff.diffusion.path import Coefficients, PathPoint, per_sample
+from udiff.diffusion.path import Coefficients
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,3 @@ class SchedulePath:
         alpha = table.alpha.to(t.device)[step].float()
         sigma = table.sigma.to(t.device)[step].float()
         return Coefficients(alpha, sigma, sigma, -alpha, sigma / alpha)
-
-    def interpolate(
-        self,
-        data: Float[Tensor, "batch ..."],
-        noise: Float[Tensor, "batch ..."],
-        t: Float[Tensor, " batch"],
-    ) -> PathPoint:
-        """Place each sample at its timestep."""
-        at = self.at(per_sample(t, data))
-        return PathPoint(at.alpha * data + at.sigma * noise, at.sigma * data - at.alpha * noise)

@@ -18,7 +18,7 @@ from udiff.diffusion.compose import compose
 from udiff.diffusion.conditions import LabelDropout
 from udiff.diffusion.flow_matching import FlowMatching
 from udiff.diffusion.guidance import guide
-from udiff.diffusion.parameterization import NOISE, SCORE, VELOCITY, convert
+from udiff.diffusion.parameterization import NOISE, SCORE, VELOCITY, Ends, convert
 from udiff.diffusion.path import LinearPath, per_sample
 from udiff.diffusion.time import LogitNormalTime, Rescaled, Restricted, UniformTime
 from udiff.models.lightningdit.checkpoint import network_from_official
@@ -204,7 +204,8 @@ def _train_loss(case: Case) -> Outputs:
     network, transport = _network(case), case.config["transport"]
     objective, (batch, draws) = _objective(case, transport), _draws(case)
     path = PATHS[transport["path_type"].lower()]
-    x_t = path.interpolate(batch["latent"], draws["noise"], draws["t"]).x_t
+    point = path.at(per_sample(draws["t"], batch["latent"]))
+    x_t = point.place(batch["latent"], draws["noise"])
     losses = objective(network, batch, draws)
     losses.total.backward()
     trained = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -319,10 +320,11 @@ def _losses(case: Case) -> Outputs:
         return torch.stack(rows)
 
     names = [name.split("/") for name in case.outputs if name.startswith("loss/")]
-    x_t, velocity = PATHS[path_type.lower()].interpolate(given["x1"], given["x0"], given["t"])
+    ends = Ends(given["x1"], given["x0"])
+    point = PATHS[path_type.lower()].at(per_sample(given["t"], ends.data))
     return {
-        "xt": x_t,
-        "ut": velocity,
+        "xt": point.place(*ends),
+        "ut": VELOCITY.target(ends, point),
         "cos_loss": losses("velocity", None, "velocity_direction"),
         **{
             f"loss/{prediction}/{weight}": losses(

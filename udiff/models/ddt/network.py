@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, addcmul, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from udiff.nn.features import pick_feature
 from udiff.nn.feed_forward import SwiGLU
 from udiff.nn.heads import rotary_heads
 from udiff.nn.norm import ModulatedLayerNorm, ModulatedRMSNorm, RMSNorm
@@ -214,7 +215,7 @@ class DDT(nn.Module):
         for layer, block in enumerate(self.blocks[first:], first + 1):
             x = features[layer] = block(x, state, positions)
         velocity = unpatchify(self.final_layer(x, state), self.patch_size, grid).contiguous()
-        return Prediction(velocity, feature=_pick(features, feature_layer), state=state)
+        return Prediction(velocity, feature=pick_feature(features, feature_layer), state=state)
 
     def _encode(
         self,
@@ -276,7 +277,7 @@ class ImprovedDiT(nn.Module):
             mask = masks[layer - 1] if layer <= len(masks) else None
             x = features[layer] = block(x, condition, positions, mask)
         velocity = unpatchify(self.final_layer(x, condition), self.patch_size, grid).contiguous()
-        return Prediction(velocity, feature=_pick(features, feature_layer))
+        return Prediction(velocity, feature=pick_feature(features, feature_layer))
 
 
 def _grid(x: Tensor, patch_size: int) -> tuple[int, int]:
@@ -286,13 +287,3 @@ def _grid(x: Tensor, patch_size: int) -> tuple[int, int]:
             f"latent is {height} x {width}; both sides must be multiples of patch_size {patch_size}"
         )
     return height // patch_size, width // patch_size
-
-
-def _pick(features: dict[int, Tensor], layer: int | None) -> Tensor | None:
-    if layer is None:
-        return None
-    if layer not in features:
-        raise ValueError(
-            f"feature_layer must be one of the blocks run, {sorted(features)}; got {layer}"
-        )
-    return features[layer]

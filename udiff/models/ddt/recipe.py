@@ -1,9 +1,10 @@
 """What a DDT recipe can say, and the system that it makes."""
 
+from collections.abc import Iterator
 from typing import Literal
 
-import torch
 from pydantic import PositiveInt, model_validator
+from torch import Tensor
 
 from udiff.class_conditional import LabelTask, LatentDenoiser
 from udiff.diffusion.compose import Composed, compose
@@ -18,10 +19,9 @@ from udiff.models.ddt.settings import (
     NetworkSettings,
     ObjectiveSettings,
 )
-from udiff.samplers.normals import normals_from
 from udiff.samplers.times import time_grid
 from udiff.settings import AutoencoderSettings, OptimizerSettings
-from udiff.system import FamilyRecipe, Sampling, System
+from udiff.system import FamilyRecipe, Guidance, Steps, System
 
 
 class Recipe(FamilyRecipe):
@@ -51,15 +51,12 @@ class Recipe(FamilyRecipe):
     def build(self) -> System:
         """Make network, objective and task."""
         denoiser = self.build_network()
-        sampling = self.sampling
         task = LabelTask(
             self._begin,
+            self.sampling,
+            self.latent,
             num_classes=self.num_classes,
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
             has_null_label=True,
-            identity=sampling,
-            reuse=sampling.reuse,
         )
         return LatentDenoiser(
             denoiser,
@@ -94,14 +91,9 @@ class Recipe(FamilyRecipe):
         )
 
     def _begin(
-        self, label: int, seed: int, *, num_steps: int, scale: float, device: torch.device
-    ) -> Sampling:
-        sampling, latent = self.sampling, self.latent
-        normals = normals_from(seed, (latent.channels, latent.height, latent.width), device)
+        self, normals: Iterator[Tensor], *, num_steps: int, scale: float
+    ) -> tuple[Steps, Guidance]:
+        sampling = self.sampling
         times = time_grid(num_steps, last_step=sampling.last_step, shift=sampling.shift)
-        return Sampling(
-            make_sampler(sampling, next(normals), times, normals),
-            conditions={"label": torch.tensor(label, device=device)},
-            null_conditions={"label": torch.tensor(self.num_classes, device=device)},
-            guidance=make_guidance(sampling, scale),
-        )
+        steps = make_sampler(sampling, next(normals), times, normals)
+        return steps, make_guidance(sampling, scale)

@@ -18,7 +18,8 @@ from udiff.models.lightningdit.official_config import (
     recipe_keys_from_official,
 )
 from udiff.models.lightningdit.recipe import Recipe, make_network
-from udiff.models.lightningdit.settings import LatentSettings, NetworkSettings
+from udiff.models.lightningdit.settings import NetworkSettings
+from udiff.settings import SquareLatentSettings
 from udiff.weights import Converted, WeightsError, check_weights, strip_prefix, unwrap_weights
 
 __all__ = ["convert_in", "convert_out", "network_from_official", "official_config"]
@@ -31,7 +32,7 @@ def network_from_official(config: Mapping[str, Any]) -> LightningDiT:
     keys = architecture_keys(config)
     return make_network(
         NetworkSettings.model_validate(keys["network"]),
-        LatentSettings.model_validate(keys["latent"]),
+        SquareLatentSettings.model_validate(keys["latent"]),
         num_classes=keys["num_classes"],
         null_label=config.get("class_dropout_prob", 0.1) > 0,
     )

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, addcmul, nn
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
 
+from udiff.nn.features import pick_feature
 from udiff.nn.heads import rotary_heads, split_heads
 from udiff.nn.norm import ModulatedLayerNorm, ModulatedRMSNorm, RMSNorm
 from udiff.nn.patch import patchify
@@ -293,7 +294,7 @@ class LightningDiT(nn.Module):
             x = features[layer] = block(x, condition, positions)
         output = unpatchify(self.final_layer(x, condition), self.patch_size, self.grid)
         return Prediction(
-            output[:, : self.in_channels].contiguous(), _pick(features, feature_layer), state
+            output[:, : self.in_channels].contiguous(), pick_feature(features, feature_layer), state
         )
 
     def _encode(
@@ -341,16 +342,6 @@ def unpatchify(
     """Put patches together; unlike in `patchify`, a token's features are (row, column, channel)."""
     pattern = "b (h w) (p q c) -> b c (h p) (w q)"
     return rearrange(tokens, pattern, h=grid, w=grid, p=patch_size, q=patch_size)
-
-
-def _pick(features: dict[int, Tensor], layer: int | None) -> Tensor | None:
-    if layer is None:
-        return None
-    if layer not in features:
-        raise ValueError(
-            f"feature_layer must be one of the blocks run, {sorted(features)}; got {layer}"
-        )
-    return features[layer]
 
 
 def _make_norm(kind: NormKind, dim: int) -> nn.Module:

@@ -1,26 +1,25 @@
 """What a LightningDiT recipe can say, and the system that it makes."""
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import PositiveInt, model_validator
+from torch import Tensor
 
 from udiff.class_conditional import LabelTask, LatentDenoiser
 from udiff.diffusion.compose import Composed, compose
 from udiff.diffusion.conditions import LabelDropout
 from udiff.models.lightningdit.network import Layers, LightningDiT
 from udiff.models.lightningdit.settings import (
-    LatentSettings,
     NetworkSettings,
     ObjectiveSettings,
     TransportSampling,
 )
 from udiff.models.lightningdit.transport import Transport, make_flow_matching, make_sampler
-from udiff.samplers.normals import normals_from
-from udiff.settings import AutoencoderSettings, OptimizerSettings
-from udiff.system import FamilyRecipe, Guidance, Sampling, System
+from udiff.settings import AutoencoderSettings, OptimizerSettings, SquareLatentSettings
+from udiff.system import FamilyRecipe, Guidance, Steps, System
 
 
 class Recipe(FamilyRecipe):
@@ -28,7 +27,7 @@ class Recipe(FamilyRecipe):
 
     family: Literal["lightningdit"]
     network: NetworkSettings
-    latent: LatentSettings
+    latent: SquareLatentSettings
     num_classes: PositiveInt
     autoencoder: AutoencoderSettings
     objective: ObjectiveSettings = ObjectiveSettings()
@@ -48,15 +47,12 @@ class Recipe(FamilyRecipe):
     def build(self) -> System:
         """Make network, objective and task."""
         denoiser = self.build_network()
-        sampling = self.sampling
         task = LabelTask(
             self._begin,
+            self.sampling,
+            self.latent,
             num_classes=self.num_classes,
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
             has_null_label=self.objective.label_dropout_prob > 0,
-            identity=sampling,
-            reuse=sampling.reuse,
         )
         return LatentDenoiser(
             denoiser,
@@ -90,24 +86,18 @@ class Recipe(FamilyRecipe):
         return Transport.make(self.objective, sample_eps=self.sampling.eps)
 
     def _begin(
-        self, label: int, seed: int, *, num_steps: int, scale: float, device: torch.device
-    ) -> Sampling:
-        latent, sampling = self.latent, self.sampling
-        normals = normals_from(seed, (latent.channels, latent.height, latent.width), device)
+        self, normals: Iterator[Tensor], *, num_steps: int, scale: float
+    ) -> tuple[Steps, Guidance]:
+        sampling = self.sampling
         interval = guidance_from(*sampling.guidance_interval)
         steps = make_sampler(
             sampling, self._transport(), next(normals), num_steps=num_steps, normals=normals
         )
-        return Sampling(
-            steps,
-            conditions={"label": torch.tensor(label, device=device)},
-            null_conditions={"label": torch.tensor(self.num_classes, device=device)},
-            guidance=Guidance(scale, interval, sampling.guidance_channels),
-        )
+        return steps, Guidance(scale, interval, sampling.guidance_channels)
 
 
 def make_network(
-    network: NetworkSettings, latent: LatentSettings, *, num_classes: int, null_label: bool
+    network: NetworkSettings, latent: SquareLatentSettings, *, num_classes: int, null_label: bool
 ) -> LightningDiT:
     """Make the network that settings describe."""
     sizes = {"dim", "depth", "num_heads", "patch_size"}

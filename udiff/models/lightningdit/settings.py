@@ -60,20 +60,6 @@ class NetworkSettings(Settings):
         return self
 
 
-class LatentSettings(Settings):
-    """Shape of the latents; they are square."""
-
-    channels: PositiveInt
-    height: PositiveInt
-    width: PositiveInt
-
-    @model_validator(mode="after")
-    def _check(self) -> "LatentSettings":
-        if self.height != self.width:
-            raise ValueError(f"latents must be square, got {self.height} x {self.width}")
-        return self
-
-
 class ObjectiveSettings(ExtraLossSettings):
     """Path, prediction, times and losses."""
 

@@ -21,6 +21,7 @@ from udiff.models.mdtv2.layers import (
     sincos_table,
     unpatchify,
 )
+from udiff.nn.features import pick_feature
 from udiff.nn.token_mask import is_removed, keep_tokens, restore_tokens
 from udiff.system import Prediction
 
@@ -97,7 +98,7 @@ class MaskedTransformer(nn.Module, ABC):
             encoded, state = x + self.decoder_pos_embed, x - embedded
         decoded = self._decode(encoded, condition, embedded, features)
         output = unpatchify(self.final_layer(decoded, condition), self.patch_size).contiguous()
-        return Prediction(output, _pick(features, feature_layer), state)
+        return Prediction(output, pick_feature(features, feature_layer), state)
 
     @property
     @abstractmethod
@@ -217,11 +218,3 @@ class MDT(MaskedTransformer):
             x = block(x, condition)
             features[len(features) + 1] = x
         return x
-
-
-def _pick(features: Features, layer: int | None) -> Tensor | None:
-    if layer is None:
-        return None
-    if layer not in features:
-        raise ValueError(f"feature_layer must be in 1..{len(features)}, got {layer}")
-    return features[layer]

@@ -1,10 +1,10 @@
 """What an MDTv2 (or MDT) recipe can say, and the system that it makes."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, PositiveInt, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from udiff.class_conditional import ClassToImage, LabelTask, LatentDenoiser
 from udiff.diffusion.compose import Composed, compose
@@ -27,16 +27,14 @@ from udiff.models.mdtv2.layers import BlockSizes
 from udiff.models.mdtv2.network import MDT, MaskedTransformer, MDTv2
 from udiff.models.mdtv2.settings import (
     NUM_TIMESTEPS,
-    LatentSettings,
     NetworkSettings,
     ObjectiveSettings,
     SamplingSettings,
 )
 from udiff.samplers.ddim import ddim
 from udiff.samplers.ddpm import ddpm
-from udiff.samplers.normals import normals_from
-from udiff.settings import AutoencoderSettings, OptimizerSettings
-from udiff.system import FamilyRecipe, Guidance, Sampling, Steps, System
+from udiff.settings import AutoencoderSettings, OptimizerSettings, SquareLatentSettings
+from udiff.system import FamilyRecipe, Guidance, Steps, System
 
 
 class SpacedClassToImage(ClassToImage):
@@ -50,7 +48,7 @@ class Recipe(FamilyRecipe):
 
     family: Literal["mdtv2"]
     network: NetworkSettings
-    latent: LatentSettings
+    latent: SquareLatentSettings
     num_classes: PositiveInt
     autoencoder: AutoencoderSettings
     objective: ObjectiveSettings = ObjectiveSettings()
@@ -70,15 +68,12 @@ class Recipe(FamilyRecipe):
         """Make network, objective and task."""
         denoiser = self.build_network()
         objective, learned = self._objective()
-        sampling = self.sampling
         task = LabelTask(
             self._begin,
+            self.sampling,
+            self.latent,
             num_classes=self.num_classes,
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
             has_null_label=self.objective.label_dropout_prob > 0,
-            identity=sampling,
-            reuse=sampling.reuse,
             request=SpacedClassToImage,
         )
         return LatentDenoiser(
@@ -153,21 +148,13 @@ class Recipe(FamilyRecipe):
         return UniformMaskRatio(low, width) if width else FixedMaskRatio(low)
 
     def _begin(
-        self, label: int, seed: int, *, num_steps: int, scale: float, device: torch.device
-    ) -> Sampling:
-        schedule = PowerCosine(scale, self.sampling.guidance_power, NUM_TIMESTEPS)
-        return Sampling(
-            self._steps(seed, num_steps, device),
-            conditions={"label": torch.tensor(label, device=device)},
-            null_conditions={"label": torch.tensor(self.num_classes, device=device)},
-            guidance=Guidance(schedule=schedule, channels=self.sampling.guidance_channels),
-        )
-
-    def _steps(self, seed: int, num_steps: int, device: torch.device) -> Steps:
+        self, normals: Iterator[Tensor], *, num_steps: int, scale: float
+    ) -> tuple[Steps, Guidance]:
         sampling = self.sampling
+        schedule = PowerCosine(scale, sampling.guidance_power, NUM_TIMESTEPS)
+        guidance = Guidance(schedule=schedule, channels=sampling.guidance_channels)
         process = self._process().spaced(spaced_timesteps(NUM_TIMESTEPS, str(num_steps)))
-        latent = self.latent
-        normals = normals_from(seed, (latent.channels, latent.height, latent.width), device)
+        noise, clip = next(normals), sampling.clip
         if sampling.sampler == "ddpm":
-            return ddpm(next(normals), process, normals=normals, clip=sampling.clip)
-        return ddim(next(normals), process, normals=normals, eta=sampling.eta, clip=sampling.clip)
+            return ddpm(noise, process, normals=normals, clip=clip), guidance
+        return ddim(noise, process, normals=normals, eta=sampling.eta, clip=clip), guidance

@@ -38,20 +38,6 @@ class NetworkSettings(Settings):
         return self
 
 
-class LatentSettings(Settings):
-    """Shape of the latents; square, as the positions are."""
-
-    channels: PositiveInt = 4
-    height: PositiveInt
-    width: PositiveInt
-
-    @model_validator(mode="after")
-    def _check(self) -> "LatentSettings":
-        if self.height != self.width:
-            raise ValueError(f"latents must be square, got {self.height} x {self.width}")
-        return self
-
-
 class ObjectiveSettings(ExtraLossSettings):
     """Learned-sigma DDPM on all tokens, and again on some of them."""
 
