@@ -200,6 +200,15 @@ class SamplingSettings(Settings):
     last_step: float | None = Field(default=None, gt=0, lt=1)
     """Length of the last step in time; 1 / num_steps where it is left open."""
 
+    @model_validator(mode="after")
+    def _interval_has_an_order(self) -> Self:
+        if self.guidance_interval and self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(
+                "guidance_interval must go from a lower time to a higher one, got "
+                f"{self.guidance_interval}"
+            )
+        return self
+
 
 # ---------------------------------------------------------------- pieces for any family
 
@@ -242,6 +251,12 @@ class MaskedSettings(Settings):
     ratio_width: Fraction = 0.2
     """How much more a step may drop."""
 
+    @model_validator(mode="after")
+    def _some_stay(self) -> "MaskedSettings":
+        if self.ratio + self.ratio_width >= 1:
+            raise ValueError(f"ratio {self.ratio} + ratio_width {self.ratio_width} must be below 1")
+        return self
+
 
 class ExtraLossSettings(Settings):
     """Losses that can be put around any family's objective."""
@@ -256,6 +271,32 @@ class ExtraLossSettings(Settings):
         if len(layers) > 1:
             raise ValueError(f"alignment.layer and dispersive.layer must be the same, got {layers}")
         return self
+
+    def check_layers(self, num_blocks: int) -> None:
+        """Refuse losses at blocks that a network does not have.
+
+        Raises:
+            ValueError: there is one.
+        """
+        for name, extra in (("alignment", self.alignment), ("dispersive", self.dispersive)):
+            if extra and extra.layer > num_blocks:
+                raise ValueError(
+                    f"objective.{name}.layer must be one of the network's {num_blocks} blocks, "
+                    f"got {extra.layer}"
+                )
+
+
+def check_patches(height: int, width: int, *, patch_size: int) -> None:
+    """Refuse latents that are no whole number of patches.
+
+    Raises:
+        ValueError: a side is not a multiple of the patch.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side % patch_size:
+            raise ValueError(
+                f"latent.{name} {side} must be a multiple of network.patch_size {patch_size}"
+            )
 
 
 class SquareLatentSettings(Settings):

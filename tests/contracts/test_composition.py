@@ -103,6 +103,16 @@ def test_a_recipe_reuses_the_encoder(family, choice):
     [
         ("ddt", ["network.num_encoder_blocks=null", MASKED], "objective.masked needs an encoder"),
         ("ddt", [REPA, "objective.dispersive={layer: 1}"], "must be the same"),
+        ("ddt", ["objective.masked={ratio: 0.8, ratio_width: 0.2}"], "must be below 1"),
+        *(
+            (family, ["objective.alignment={layer: 99}"], "alignment.layer must be one of the")
+            for family in ("ddt", "lightningdit", "mdtv2")
+        ),
+        *(
+            (family, ["network.patch_size=3"], "must be a multiple of network.patch_size 3")
+            for family in ("ddt", "lightningdit", "mdtv2")
+        ),
+        ("ddt", ["sampling.guidance_interval=[0.9, 0.1]"], "from a lower time to a higher"),
         (
             "lightningdit",
             ["network.num_encoder_blocks=0", "sampling.reuse={every: 2}"],

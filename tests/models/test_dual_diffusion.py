@@ -194,11 +194,44 @@ def test_a_lora_run_begins_from_the_bundle_of_a_whole_one(recipe, tmp_path):
     assert all("lora_" in key for key in learning)
 
 
-def test_a_mask_outside_the_vocabulary_is_refused(recipe):
-    with pytest.raises(RecipeError, match=r"text.mask_id 99 must be below"):
-        recipe("text.mask_id=99")
-    with pytest.raises(RecipeError, match="are both 0"):
-        recipe(ONLY_TEXT, ONLY_IMAGE)
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["text.mask_id=99"], "text.mask_id 99 must be below"),
+        (["text.end_id=99"], "text.end_id 99 must be below"),
+        (["text.max_tokens=1"], "text.max_tokens: .*greater than or equal to 2"),
+        ([ONLY_TEXT, ONLY_IMAGE], "are both 0"),
+        (["latent.height=null"], "give both or neither"),
+        (["latent.height=7"], "latent.height 7 must be a multiple of network.patch_size 2"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(recipe, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.learned=[mask_rw]"], "objective.learned 'mask_rw' is no parameter"),
+        ([ONLY_TEXT, "objective.learned=[mask_row, denoiser.image_]"], "'denoiser.image_' is no"),
+    ],
+)
+def test_what_is_to_learn_must_be_there_and_be_reached(recipe, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(*overrides).build()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("network.text_dim=32", "network.text_dim must be 24 for text_encoder.path"),
+        ("text.end_id=2", "text.end_id must be 1 for"),
+    ],
+)
+def test_a_text_encoder_of_another_make_is_refused(recipe, override, message):
+    with pytest.raises(ValueError, match=message):
+        _losses(recipe(override).build())
 
 
 # ---------------------------------------------------------------- sampling
@@ -338,6 +371,7 @@ def test_a_template_is_filled_in(bundle):
     [
         ("text_to_image", {"prompt": "a", "width": 30}, "width must be a multiple of 8"),
         ("text_to_image", {"prompt": "a", "height": 800}, "up to 192, got 800"),
+        ("text_to_image", {"prompt": "a", "sigmas": [0.5, 0.9]}, "levels must fall"),
         ("image_to_text", {"image": b"no picture"}, "of no known format"),
         ("visual_question_answering", {"image": _picture()}, "question: Field required"),
     ],

@@ -20,7 +20,7 @@ from udiff.models.ddt.settings import (
     ObjectiveSettings,
 )
 from udiff.samplers.times import time_grid
-from udiff.settings import AutoencoderSettings, OptimizerSettings
+from udiff.settings import AutoencoderSettings, OptimizerSettings, check_patches
 from udiff.system import FamilyRecipe, Guidance, Steps, System
 
 
@@ -38,6 +38,9 @@ class Recipe(FamilyRecipe):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
+        latent, network = self.latent, self.network
+        check_patches(latent.height, latent.width, patch_size=network.patch_size)
+        self.objective.check_layers(network.num_blocks)
         if self.network.num_encoder_blocks is not None:
             return self
         for name, needs in (

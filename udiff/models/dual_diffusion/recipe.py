@@ -12,7 +12,7 @@ from udiff.diffusion.masked_text import ImportanceTimes, MaskedText, MaskTimes
 from udiff.diffusion.unit_gradient import UnitGradient
 from udiff.diffusion.weighted_sum import Part, WeightedSum
 from udiff.encoders.frozen import Frozen
-from udiff.encoders.t5 import load_t5
+from udiff.encoders.t5 import T5, load_t5
 from udiff.models.dual_diffusion.network import DualDiffusion, MaskRow
 from udiff.models.dual_diffusion.objective import ImageFlow
 from udiff.models.dual_diffusion.requests import ImageToText, TextToImage, VisualQuestion
@@ -26,7 +26,13 @@ from udiff.models.dual_diffusion.settings import (
 )
 from udiff.models.dual_diffusion.tasks import Tasks, blank_picture
 from udiff.models.dual_diffusion.text import TextNetwork, TextStates, bind_text_head
-from udiff.settings import AutoencoderSettings, DataSettings, OptimizerSettings, T5Settings
+from udiff.settings import (
+    AutoencoderSettings,
+    DataSettings,
+    OptimizerSettings,
+    T5Settings,
+    check_patches,
+)
 from udiff.system import PART_SEPARATOR, FamilyRecipe, Phase, System, Task
 
 DENOISER, MASK_ROW = "denoiser", "mask_row"
@@ -55,11 +61,14 @@ class Recipe(FamilyRecipe):
     def _check(self) -> "Recipe":
         if not self.objective.image.weight and not self.objective.text.weight:
             raise ValueError("objective.image.weight and objective.text.weight are both 0")
-        if self.text.mask_id >= self.network.vocab_size:
-            raise ValueError(
-                f"text.mask_id {self.text.mask_id} must be below network.vocab_size "
-                f"{self.network.vocab_size}"
-            )
+        for name in ("mask_id", "end_id"):
+            if getattr(self.text, name) >= self.network.vocab_size:
+                raise ValueError(
+                    f"text.{name} {getattr(self.text, name)} must be below network.vocab_size "
+                    f"{self.network.vocab_size}"
+                )
+        height, width = self.latent.size
+        check_patches(height, width, patch_size=self.network.patch_size)
         return self
 
     def build(self) -> System:
@@ -68,7 +77,7 @@ class Recipe(FamilyRecipe):
         row = MaskRow(self.network.text_dim, is_learned=self._learns(MASK_ROW))
         modules: dict[str, nn.Module] = {DENOISER: denoiser, MASK_ROW: row}
         learning = self._freeze(modules)
-        encoder = Frozen(partial(load_t5, self.text_encoder))
+        encoder = Frozen(self._load_text_encoder)
         states = TextStates(encoder, row, mask_id=self.text.mask_id)
         objective = WeightedSum(**self._parts(denoiser, states))
         start = Tasks(encoder, self.network, self.latent, self.text, self.sampling)
@@ -110,22 +119,48 @@ class Recipe(FamilyRecipe):
             )
         return network
 
+    def _load_text_encoder(self) -> T5:
+        """Load the encoder of texts, which must be one that the network was made for."""
+        encoder = load_t5(self.text_encoder)
+        path = self.text_encoder.path
+        for key, ours, theirs in (
+            ("network.text_dim", self.network.text_dim, encoder.width),
+            ("text.end_id", self.text.end_id, encoder.end_id),
+        ):
+            if ours != theirs:
+                raise ValueError(f"{key} must be {theirs} for text_encoder.path {path}, got {ours}")
+        if self.network.vocab_size < encoder.num_tokens:
+            raise ValueError(
+                f"network.vocab_size must be at least {encoder.num_tokens} for text_encoder.path "
+                f"{path}, got {self.network.vocab_size}"
+            )
+        return encoder
+
     def _learns(self, name: str) -> bool:
         return any(name.startswith(start) for start in self.objective.learned)
 
     def _freeze(self, modules: dict[str, nn.Module]) -> tuple[str, ...]:
-        """Leave only what is to learn with gradients; returns the modules that have some."""
+        """Leave only what is to learn with gradients; returns the modules that have some.
+
+        Raises:
+            ValueError: `objective.learned` names what is not there, or not learned from.
+        """
         for name, module in modules.items():
             for key, parameter in module.named_parameters():
                 if self.objective.learned and not self._learns(f"{name}.{key}"):
                     parameter.requires_grad_(False)
                 if parameter.requires_grad and self._is_idle(key):
                     parameter.requires_grad_(False)
-        return tuple(
-            name
+        learning = [
+            f"{name}.{key}"
             for name, module in modules.items()
-            if any(parameter.requires_grad for parameter in module.parameters())
-        )
+            for key, parameter in module.named_parameters()
+            if parameter.requires_grad
+        ]
+        for start in self.objective.learned:
+            if not any(key.startswith(start) for key in learning):
+                raise ValueError(f"objective.learned {start!r} is no parameter that a loss reaches")
+        return tuple(dict.fromkeys(key.partition(".")[0] for key in learning))
 
     def _is_idle(self, key: str) -> bool:
         """Tell the parameters that only a loss which is left out would train."""

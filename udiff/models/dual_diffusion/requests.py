@@ -1,8 +1,9 @@
 """What Dual Diffusion can be asked; what a request leaves open comes from the recipe."""
 
+from itertools import pairwise
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from udiff.requests import Picture
 
@@ -33,6 +34,13 @@ class TextToImage(BaseModel):
     """Noise levels of the steps, before the shift; they count in place of `num_steps`."""
     mu: Annotated[float, Field(ge=-10, le=10)] | None = None
     """Logarithm of a dynamic shift."""
+
+    @field_validator("sigmas")
+    @classmethod
+    def _fall(cls, sigmas: list[float] | None) -> list[float] | None:
+        if sigmas and any(later >= earlier for earlier, later in pairwise(sigmas)):
+            raise ValueError("noise levels must fall from step to step")
+        return sigmas
 
 
 class ImageToText(BaseModel):

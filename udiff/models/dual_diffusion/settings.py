@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from udiff.settings import Fraction, Settings
 
@@ -37,6 +37,14 @@ class LatentSettings(Settings):
     """Where height and width are left open: of pictures that are read, and of those whose request
     says no size."""
 
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> "LatentSettings":
+        if (self.height is None) != (self.width is None):
+            raise ValueError(
+                f"height {self.height} and width {self.width} go together: give both or neither"
+            )
+        return self
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of pictures that nothing else is said of."""
@@ -46,7 +54,7 @@ class LatentSettings(Settings):
 class TextSettings(Settings):
     """Texts as tokens."""
 
-    max_tokens: PositiveInt = 256
+    max_tokens: int = Field(default=256, ge=2)
     """Of prompts, captions, and questions with their answers."""
     mask_id: int = Field(default=32_099, ge=0)
     """Token that stands for a masked one; T5's `<extra_id_0>`."""

@@ -18,7 +18,12 @@ from udiff.models.lightningdit.settings import (
     TransportSampling,
 )
 from udiff.models.lightningdit.transport import Transport, make_flow_matching, make_sampler
-from udiff.settings import AutoencoderSettings, OptimizerSettings, SquareLatentSettings
+from udiff.settings import (
+    AutoencoderSettings,
+    OptimizerSettings,
+    SquareLatentSettings,
+    check_patches,
+)
 from udiff.system import FamilyRecipe, Guidance, Steps, System
 
 
@@ -36,6 +41,9 @@ class Recipe(FamilyRecipe):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
+        latent, network = self.latent, self.network
+        check_patches(latent.height, latent.width, patch_size=network.patch_size)
+        self.objective.check_layers(network.depth)
         reuse = self.sampling.reuse
         if (self.objective.masked or reuse) and not self.network.num_encoder_blocks:
             name = "objective.masked" if self.objective.masked else "sampling.reuse"

@@ -33,7 +33,12 @@ from udiff.models.mdtv2.settings import (
 )
 from udiff.samplers.ddim import ddim
 from udiff.samplers.ddpm import ddpm
-from udiff.settings import AutoencoderSettings, OptimizerSettings, SquareLatentSettings
+from udiff.settings import (
+    AutoencoderSettings,
+    OptimizerSettings,
+    SquareLatentSettings,
+    check_patches,
+)
 from udiff.system import FamilyRecipe, Guidance, Steps, System
 
 
@@ -57,11 +62,9 @@ class Recipe(FamilyRecipe):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        if self.latent.height % self.network.patch_size:
-            raise ValueError(
-                f"latent.height {self.latent.height} must be a multiple of network.patch_size "
-                f"{self.network.patch_size}"
-            )
+        latent, network = self.latent, self.network
+        check_patches(latent.height, latent.width, patch_size=network.patch_size)
+        self.objective.check_layers(network.depth)
         return self
 
     def build(self) -> System:
