@@ -9,10 +9,17 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 Picture = UInt8[np.ndarray, "size size 3"]
+MAX_RATIO = 16
+"""Of the sides, up to which a whole picture is resized, however little of it is kept."""
 
 
 def bicubic(picture: Image.Image, size: int) -> Picture:
-    """Resize the shorter side (bicubic), then cut the middle out, as torchvision does."""
+    """Resize the shorter side (bicubic), then cut the middle out, as torchvision does.
+
+    Of a strip longer than `MAX_RATIO` the ends are cut off before: one of 1 x 4000 pixels would
+    take gigabytes.
+    """
+    picture = _shorten(picture)
     width, height = picture.size
     if width <= height:
         scaled = size, int(size * height / width)
@@ -40,6 +47,15 @@ def bilinear_from_float(picture: Image.Image, size: int) -> Float32[np.ndarray, 
     """Do as `bilinear`, but on numbers: to pixels in [-1, 1] without rounding."""
     levels = _middle(picture).astype(np.float32) / 255
     return (_interpolate(levels, size) - 0.5) / 0.5
+
+
+def _shorten(picture: Image.Image) -> Image.Image:
+    longest = MAX_RATIO * min(picture.size)
+    if max(picture.size) <= longest:
+        return picture
+    width, height = (min(side, longest) for side in picture.size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
 
 
 def _middle(picture: Image.Image) -> np.ndarray:
