@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from jobs.convert import to_bundle, to_official
 from tests.made import save_optimus
-from udiff.autoencoders.optimus import filter_logits
+from udiff.autoencoders.optimus import (
+    Optimus,
+    OptimusSettings,
+    TransformerSettings,
+    filter_logits,
+)
 from udiff.autoencoders.optimus_checkpoint import TextAutoencoder, load_text_autoencoder
 from udiff.autoencoders.optimus_text import train_optimus_tokenizer
 from udiff.encoders.text import TextEncoder
@@ -42,6 +47,19 @@ def test_it_is_a_text_encoder_of_one_token(texts):
 
 def test_a_bundle_carries_its_vocabularies(bundle):
     assert (bundle / "tokenizers" / "vocab.txt").is_file()
+
+
+def test_texts_longer_than_its_positions_are_an_error_that_names_them():
+    sizes = TransformerSettings(
+        vocab_size=20, dim=8, depth=1, num_heads=1, hidden_dim=8, num_positions=6
+    )
+    optimus = Optimus(OptimusSettings(latent_dim=4, encoder=sizes, decoder=sizes))
+    ids, latent = torch.ones(2, 7, dtype=torch.long), torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="encoder.num_positions is 6, but 7 positions"):
+        optimus.encoder(ids)
+    assert optimus.decoder(ids[:, :5], latent).shape == (2, 5, 20)
+    with pytest.raises(ValueError, match="decoder.num_positions is 6, but 7 positions"):
+        optimus.decoder(ids[:, :6], latent)
 
 
 def test_a_text_depends_on_its_seed_and_not_on_its_neighbors(texts):

@@ -67,6 +67,7 @@ class OptimusEncoder(nn.Module):
 
     def forward(self, ids: Int64[Tensor, "texts tokens"]) -> TextMoments:
         """Encode; only real tokens are looked at."""
+        _check_length(ids.shape[1], self.bert.config.max_position_embeddings, "encoder")
         pooled = self.bert(input_ids=ids, attention_mask=(ids > 0).long()).pooler_output
         return TextMoments(*self.linear(pooled).chunk(2, dim=-1))
 
@@ -146,6 +147,9 @@ class OptimusDecoder(nn.Module):
             latent: to be added to their embeddings, or none.
             cache: of `remember`, with what earlier calls added; or none.
             first: number of tokens before.
+
+        Raises:
+            ValueError: there are too few positions; the latent takes the first in the cache.
         """
         embedded = self.transformer.wte(ids)
         if latent is not None:
@@ -153,6 +157,7 @@ class OptimusDecoder(nn.Module):
         has_memory = cache is not None
         positions = torch.arange(first, first + ids.shape[1], device=ids.device) + has_memory
         length = first + ids.shape[1] + has_memory
+        _check_length(length, self.transformer.config.n_positions, "decoder")
         hidden = self.transformer(
             inputs_embeds=embedded,
             position_ids=positions[None],
@@ -250,3 +255,11 @@ def _ended(text: list[int], end: int) -> list[int]:
     if end in text:
         return text[: text.index(end) + 1]
     return [*text[:-1], end]
+
+
+def _check_length(length: int, num_positions: int, half: str) -> None:
+    if length > num_positions:
+        raise ValueError(
+            f"network.{half}.num_positions is {num_positions}, but {length} positions are needed "
+            "(the decoder needs one more than tokens, for the latent)"
+        )
