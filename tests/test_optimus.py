@@ -55,10 +55,10 @@ def test_texts_longer_than_its_positions_are_an_error_that_names_them():
     )
     optimus = Optimus(OptimusSettings(latent_dim=4, encoder=sizes, decoder=sizes))
     ids, latent = torch.ones(2, 7, dtype=torch.long), torch.zeros(2, 4)
-    with pytest.raises(ValueError, match="encoder.num_positions is 6, but 7 positions"):
+    with pytest.raises(ValueError, match=r"encoder\.num_positions is 6, but 7 positions"):
         optimus.encoder(ids)
     assert optimus.decoder(ids[:, :5], latent).shape == (2, 5, 20)
-    with pytest.raises(ValueError, match="decoder.num_positions is 6, but 7 positions"):
+    with pytest.raises(ValueError, match=r"decoder\.num_positions is 6, but 7 positions"):
         optimus.decoder(ids[:, :6], latent)
 
 
