@@ -14,20 +14,18 @@ import argparse
 import sys
 from typing import Any
 
-from jobs.cluster import connect
+from jobs.cluster import plan_and_make
 from jobs.console import make_parser, run_job
+from jobs.options import adder, take
 from pipelines.download import DownloadSettings, make_shards, plan_download
 from pipelines.schedule import FailedUnitsError, PrepareReport
 from pipelines.stages.fetch import FetchSettings
 from pipelines.url_list import Columns
-from udiff.settings import Settings
 
 
 def download(settings: DownloadSettings) -> PrepareReport:
     """Download, or finish a download, on the running Ray or one of its own."""
-    plan = plan_download(settings)
-    connect()
-    return make_shards(settings, plan)
+    return plan_and_make(settings, plan_download, make_shards)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,54 +36,48 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("jobs.download", __doc__)
-    add = parser.add_argument
-    add("--input", required=True, help="list of URLs, or folder of lists; path or bucket URI")
-    add("--output", required=True, help="folder or bucket URI of the shards")
-    add("--url-column", default="", help="where it is none of the known names")
-    add("--caption-column", default="", help="where it is none of the known names")
-    add("--sha256-column", default="", help="refuse pictures whose hash is not the listed one")
-    add("--keep", metavar="A,B", type=_words, help="other columns that go along (default: all)")
-    add("--shard-rows", type=int, help=_default(DownloadSettings, "shard_rows", "URLs of a shard"))
-    add("--workers", type=int, help="processes (default: as many as there are CPUs)")
-    for name, kind, about in _FETCH:
-        option = f"--{name.replace('_', '-')}"
-        add(option, type=kind, metavar="X", help=_default(FetchSettings, name, about))
+    add = adder(parser, DownloadSettings)
+    add("input", "list of URLs, or folder of lists; path or bucket URI")
+    add("output", "folder or bucket URI of the shards")
+    for name, about in _COLUMNS.items():
+        parser.add_argument(f"--{name}-column", default="", help=about)
+    keep = "other columns that go along; None for all"
+    adder(parser, Columns)("keep", keep, metavar="A,B", type=_words)
+    add("shard-rows", "URLs of a shard", type=int)
+    add("workers", "processes; None for as many as the cluster has CPUs", type=int)
+    add = adder(parser, FetchSettings)
+    add("timeout-s", "seconds for one try of one picture", type=float)
+    add("retries", "tries after the first, where a failure may pass", type=int)
+    add("pause-s", "seconds before the first retry, then doubled", type=float)
+    add("deadline-s", "seconds for a shard; what is not there by then has failed", type=float)
+    add("connections", "at a time, of one worker", type=int)
+    add("connections-per-host", "at a time, of one worker to one host", type=int)
+    add("max-bytes", "of one picture", type=int)
+    add("user-agent", "what hosts are told")
+    add("agent-name", "whose directives in X-Robots-Tag count beside those for all")
+    opt_outs = "directives in X-Robots-Tag that forbid the use of a picture"
+    add("opt-outs", opt_outs, metavar="A,B", type=_words)
+    networks = "not public, but allowed: 10.0.0.0/8,..."
+    add("allowed-networks", networks, metavar="A,B", type=_words)
     return parser
+
+
+_COLUMNS = {
+    "url": "where it is none of the known names",
+    "caption": "where it is none of the known names",
+    "sha256": "refuse pictures whose hash is not the listed one",
+}
 
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-_FETCH: tuple[tuple[str, Any, str], ...] = (
-    ("timeout_s", float, "seconds for one try of one picture"),
-    ("retries", int, "tries after the first, where a failure may pass"),
-    ("pause_s", float, "seconds before the first retry, then doubled"),
-    ("deadline_s", float, "seconds for a shard; what is not there by then has failed"),
-    ("connections", int, "at a time, of one worker"),
-    ("connections_per_host", int, "at a time, of one worker to one host"),
-    ("max_bytes", int, "of one picture"),
-    ("user_agent", str, "what hosts are told"),
-    ("agent_name", str, "whose directives in X-Robots-Tag count beside those for all"),
-    ("opt_outs", _words, "directives in X-Robots-Tag that forbid the use of a picture"),
-    ("allowed_networks", _words, "not public, but allowed: 10.0.0.0/8,..."),
-)
-
-
-def _default(settings: type[Settings], name: str, about: str) -> str:
-    default = settings.model_fields[name].default
-    shown = ",".join(default) or "none" if isinstance(default, tuple) else default
-    return f"{about} (default: {shown})"
-
-
 def _settings(options: dict[str, Any]) -> DownloadSettings:
-    """Sort the options that were given into the groups of settings; the others keep defaults."""
-    given = {name: value for name, value in options.items() if value is not None}
-    fetch = {name: given.pop(name) for name, _, _ in _FETCH if name in given}
-    columns = {name: given.pop(f"{name}_column") for name in ("url", "caption", "sha256")}
-    if "keep" in given:
-        columns["keep"] = given.pop("keep")
-    return DownloadSettings(**given, columns=Columns(**columns), fetch=FetchSettings(**fetch))
+    for name in _COLUMNS:
+        options[name] = options.pop(f"{name}_column")
+    columns, fetch = take(options, Columns), take(options, FetchSettings)
+    return DownloadSettings(**options, columns=columns, fetch=fetch)
 
 
 def _print(report: PrepareReport) -> None:

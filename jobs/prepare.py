@@ -12,11 +12,13 @@ Exit status: 0 done, 1 some units failed (start again to retry them), 2 wrong ar
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from jobs.cluster import connect
+from jobs.cluster import plan_and_make
 from jobs.console import make_parser, run_job
+from jobs.options import adder, take
 from pipelines.dedup import DedupSettings, make_deduped, plan_dedup
 from pipelines.latents import make_latents, plan_latents
 from pipelines.latents_settings import FeatureSettings, LatentsSettings, TextSettings
@@ -26,35 +28,26 @@ from pipelines.schedule import FailedUnitsError, PrepareReport
 from pipelines.source import Kind
 from pipelines.stages.filter import Filters, ScoreSettings
 from udiff.data.packing import PACKED_DTYPES
-from udiff.settings import Settings
 
 
 def prepare_pictures(settings: PicturesSettings) -> PrepareReport:
     """Make, or finish, a cache of pictures, on the running Ray or one of its own."""
-    plan = plan_pictures(settings)
-    connect()
-    return make_pictures(settings, plan)
+    return plan_and_make(settings, plan_pictures, make_pictures)
 
 
 def prepare_dedup(settings: DedupSettings) -> PrepareReport:
     """Make, or finish, a cache of pictures without duplicates."""
-    plans = plan_dedup(settings)
-    connect()
-    return make_deduped(settings, plans)
+    return plan_and_make(settings, plan_dedup, make_deduped)
 
 
 def prepare_recaption(settings: RecaptionSettings) -> PrepareReport:
     """Make, or finish, a cache of pictures with captions of a model."""
-    plan = plan_recaption(settings)
-    connect()
-    return make_recaptioned(settings, plan)
+    return plan_and_make(settings, plan_recaption, make_recaptioned)
 
 
 def prepare_latents(settings: LatentsSettings) -> PrepareReport:
     """Make, or finish, a cache of latents, on the running Ray or one of its own."""
-    plan = plan_latents(settings)
-    connect()
-    return make_latents(settings, plan)
+    return plan_and_make(settings, plan_latents, make_latents)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,16 +81,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(kinds: Any, name: str, about: str) -> argparse.ArgumentParser:
-    return kinds.add_parser(
-        name,
-        help=about,
-        description=about,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    return kinds.add_parser(name, help=about, description=about)
 
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
-    add = _adder(parser, PicturesSettings)
+    add = adder(parser, PicturesSettings)
     add("input", "shards (*.tar with *_stats.json), a JSON list, parquet files, or a folder")
     add("source", "what --input is; None looks what is there", choices=get_args(Kind))
     add("pictures", "folder that the paths in a JSON list are relative to, if not its own")
@@ -107,22 +95,18 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     add("fit", "crop scales and cuts, pad puts black around", choices=["crop", "pad"])
     add("captions", "whether a picture needs one", choices=["required", "optional"])
     add("conversations", "take LLaVA's conversations, or questions", action="store_true")
-    parser.add_argument(
-        "--class-names", help="JSON list of the names of the labels, in their order"
-    )
+    parser.add_argument("--class-names", help="JSON list of the names of the labels, in order")
     add("background", "color behind transparent pictures: a name of CSS, or #rrggbb")
     add("jpeg", "draft decodes large JPEGs at a fraction of their size", choices=["full", "draft"])
     _add_filters(parser)
     add("update", "after the input changed, make only the units that did", action="store_true")
-    add("gpus", "GPUs of a worker, for the scores; 0 scores on the CPU", type=float)
     add("max-pixels", "most pixels of a picture that is decoded", type=int)
     add("unit-rows", "samples done in one go", type=int)
-    add("row-group-size", "rows of a parquet row group", type=int)
-    add("workers", "processes; None for as many as there are CPUs", type=int)
+    _add_workers(add)
 
 
 def _add_filters(parser: argparse.ArgumentParser) -> None:
-    add = _adder(parser, Filters)
+    add = adder(parser, Filters)
     add("min-side", "shortest side of a picture that is taken, in pixels", type=int)
     add("max-aspect", "longer side over shorter side, at most", type=float)
     add("max-watermark", "highest pwatermark of the list", type=float)
@@ -130,7 +114,7 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     add("min-similarity", "lowest similarity of the list", type=float)
     add("unscored", "rows without such a score in the list", choices=["keep", "drop"])
     add("languages", "codes of the languages of captions, such as en", nargs="*")
-    add = _adder(parser, ScoreSettings)
+    add = adder(parser, ScoreSettings)
     add("clip", "open_clip's NAME:WEIGHTS, hf-hub:ID or local-dir:FOLDER; scores every picture")
     add("aesthetic-head", "file of an aesthetic head for that model")
     add("min-clip-score", "lowest cosine of picture and caption", type=float)
@@ -140,15 +124,13 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 def _pictures_settings(options: dict[str, Any]) -> PicturesSettings:
     names = _class_names(options.pop("class_names"))
-    filters = Filters(**{name: options.pop(name) for name in Filters.model_fields})
-    score = ScoreSettings(**{name: options.pop(name) for name in ScoreSettings.model_fields})
+    filters, score = take(options, Filters), take(options, ScoreSettings)
     return PicturesSettings(**options, class_names=names, filters=filters, score=score)
 
 
 def _add_dedup(parser: argparse.ArgumentParser) -> None:
-    add = _adder(parser, DedupSettings)
-    add("input", "folder or bucket URI of a pictures cache")
-    add("output", "folder or bucket URI of the cache")
+    add = adder(parser, DedupSettings)
+    _add_places(add)
     methods = ["exact", "perceptual", "embedding"]
     add("method", "compare all pixels, perceptual hashes, or CLIP embeddings", choices=methods)
     add("max-distance", "bits of 64 by which perceptual hashes may differ", type=int)
@@ -156,15 +138,12 @@ def _add_dedup(parser: argparse.ArgumentParser) -> None:
     add("clip", "for embedding: open_clip's NAME:WEIGHTS, hf-hub:ID or local-dir:FOLDER")
     add("batch-size", "pictures embedded together", type=int)
     add("part-rows", "signatures that one task holds in memory", type=int)
-    add("row-group-size", "rows of a parquet row group", type=int)
-    add("gpus", "GPUs of a worker that embeds; 0 for the CPU", type=float)
-    add("workers", "processes; None for as many as the cluster has room for", type=int)
+    _add_workers(add)
 
 
 def _add_recaption(parser: argparse.ArgumentParser) -> None:
-    add = _adder(parser, RecaptionSettings)
-    add("input", "folder or bucket URI of a pictures cache")
-    add("output", "folder or bucket URI of the cache")
+    add = adder(parser, RecaptionSettings)
+    _add_places(add)
     add("model", "hub id or folder of an image-text-to-text model of transformers")
     add("prompts", "what the model is asked; each gives captions of its own", nargs="*")
     add("engine", "vllm needs that package", choices=["transformers", "vllm"])
@@ -175,18 +154,12 @@ def _add_recaption(parser: argparse.ArgumentParser) -> None:
     add("seed", "of sampling", type=int)
     add("max-chars", "longest caption that is kept", type=int)
     add("min-captions", "sane captions that a row must get; 0 keeps all rows", type=int)
-    add("batch-size", "pictures captioned together", type=int)
-    add("precision", "of the network", choices=["fp32", "bf16"])
-    add("row-group-size", "rows of a parquet row group", type=int)
-    add("threads", "CPU threads of a worker", type=int)
-    add("gpus", "GPUs of a worker; 0 captions on the CPU", type=float)
-    add("workers", "processes; None for as many as the cluster has room for", type=int)
+    _add_network(add)
 
 
 def _add_latents(parser: argparse.ArgumentParser) -> None:
-    add = _adder(parser, LatentsSettings)
-    add("input", "folder or bucket URI of a pictures cache")
-    add("output", "folder or bucket URI of the cache")
+    add = adder(parser, LatentsSettings)
+    _add_places(add)
     add("update", "after pictures changed, encode only the files that did", action="store_true")
     add("autoencoder", "hub id, diffusers folder, or bundle; None for no latents")
     add("latent", "means and log variances, or one draw of each", choices=["moments", "sample"])
@@ -206,13 +179,8 @@ def _add_latents(parser: argparse.ArgumentParser) -> None:
             metavar="KEY=VALUE,...",
             help=f"{about}; keys: {', '.join(settings.model_fields)}",
         )
-    add("batch-size", "pictures or texts per network call", type=int)
-    add("precision", "of the networks that look at pictures", choices=["fp32", "bf16"])
-    add("row-group-size", "rows of a parquet row group", type=int)
-    add("threads", "CPU threads of a worker", type=int)
-    add("gpus", "GPUs of a worker; 0 encodes on the CPU", type=float)
     add("keep-image", "carry the pictures along, for REPA's teacher", action="store_true")
-    add("workers", "processes; None for as many as the cluster has room for", type=int)
+    _add_network(add)
     decoders = (
         "CPUs of the cluster that decode the next units while workers encode; 0 has workers decode "
         "their own, None takes what workers with GPUs leave free, up to 4 for each"
@@ -220,19 +188,22 @@ def _add_latents(parser: argparse.ArgumentParser) -> None:
     add("decoders", decoders, type=int)
 
 
-def _adder(parser: argparse.ArgumentParser, settings: type[Settings]) -> Any:
-    """Give a function that adds an option with the default of the setting of its name."""
+def _add_places(add: Callable[..., None]) -> None:
+    add("input", "folder or bucket URI of a pictures cache")
+    add("output", "folder or bucket URI of the cache")
 
-    def add(option: str, about: str, **how: Any) -> None:
-        field = settings.model_fields[option.replace("-", "_")]
-        if field.is_required():
-            parser.add_argument(
-                f"--{option}", required=True, default=argparse.SUPPRESS, help=about, **how
-            )
-        else:
-            parser.add_argument(f"--{option}", default=field.default, help=about, **how)
 
-    return add
+def _add_network(add: Callable[..., None]) -> None:
+    add("batch-size", "pictures or texts per network call", type=int)
+    add("precision", "of the networks that look at pictures", choices=["fp32", "bf16"])
+    add("threads", "CPU threads of a worker", type=int)
+    _add_workers(add)
+
+
+def _add_workers(add: Callable[..., None]) -> None:
+    add("row-group-size", "rows of a parquet row group", type=int)
+    add("gpus", "GPUs of a worker that runs networks; 0 runs them on the CPU", type=float)
+    add("workers", "processes; None for as many as the cluster has room for", type=int)
 
 
 def _latents_settings(options: dict[str, Any]) -> LatentsSettings:

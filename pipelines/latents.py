@@ -196,12 +196,7 @@ def _plan(settings: LatentsSettings, pictures: PictureFiles, encoders: "Encoders
     return Plan(
         kind="latents",
         identity={**manifest.identity, **encoders.identity},
-        options={
-            "batch_size": settings.batch_size,
-            "row_group_size": settings.row_group_size,
-            "threads": settings.threads,
-            "device": settings.device,
-        },
+        options=settings.options(),
         inputs={_PICTURES: pictures.fingerprint()},
         shapes=encoders.text_shapes() | ({} if buckets else shapes("")),
         buckets=buckets,

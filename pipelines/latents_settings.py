@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from pipelines.network_settings import NetworkSettings
 from pipelines.rows import Row
 from udiff.data.packing import PackedDtype
 from udiff.settings import Settings
@@ -98,7 +99,7 @@ def absolute_path(path: str) -> str:
     return str(Path(path).absolute()) if Path(path).exists() else path
 
 
-class LatentsSettings(Settings):
+class LatentsSettings(NetworkSettings):
     """What a latents cache is made from, and how."""
 
     input: str
@@ -126,16 +127,6 @@ class LatentsSettings(Settings):
     keep_image: bool = False
     """Carry the pictures along, for teachers that look at them in training."""
     batch_size: PositiveInt = 32
-    """Pictures or texts per network call; changes the last bits of what is encoded."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the networks that look at pictures."""
-    row_group_size: PositiveInt = 256
-    threads: PositiveInt = 1
-    """CPU threads of a worker; changes the last bits of what is encoded."""
-    gpus: float = Field(default=0, ge=0)
-    """GPUs of a worker, 0 for the CPU; changes the last bits of what is encoded."""
-    workers: PositiveInt | None = None
-    """Processes; as many as the cluster has room for where it is left open."""
     decoders: int | None = Field(default=None, ge=0)
     """CPUs, of any machine, that read and decode the next units while workers encode; 0 has each
     worker decode its own. Left open: what workers with GPUs leave free, 4 for each at most."""
@@ -148,11 +139,6 @@ class LatentsSettings(Settings):
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two columns have the name {', '.join(sorted(twice))}")
         return self
-
-    @property
-    def device(self) -> str:
-        """Where the networks run."""
-        return "cuda" if self.gpus else "cpu"
 
     @property
     def encodes_pictures(self) -> bool:

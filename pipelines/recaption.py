@@ -11,6 +11,7 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import Field, PositiveInt, model_validator
 
+from pipelines.network_settings import NetworkSettings
 from pipelines.picture_files import PictureFiles, open_pictures
 from pipelines.recaption_vllm import CAPTIONS, StoredCaptions, caption_units, check_installed
 from pipelines.rows import Row, Rows
@@ -20,13 +21,13 @@ from pipelines.stages.write import WriteUnit
 from udiff.data.manifest import Plan, UnitEntry, start_plan
 from udiff.data.schema import recaption_field
 from udiff.data.storage import Folder, open_folder
-from udiff.settings import Fraction, Settings
+from udiff.settings import Fraction
 
 Caption = Callable[[str, Sequence[Row]], Rows]
 """Captions the rows of a unit, whose name comes first."""
 
 
-class RecaptionSettings(Settings):
+class RecaptionSettings(NetworkSettings):
     """Who captions, what it is asked, and what is taken of its answers."""
 
     input: str
@@ -53,14 +54,6 @@ class RecaptionSettings(Settings):
     """New captions that a row must have; 0 keeps every row."""
     batch_size: PositiveInt = 8
     """Pictures captioned together; changes sampled captions."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    row_group_size: PositiveInt = 256
-    threads: PositiveInt = 1
-    """CPU threads of a worker."""
-    gpus: float = Field(default=0, ge=0)
-    """GPUs of a worker, 0 for the CPU."""
-    workers: PositiveInt | None = None
-    """Processes; as many as the cluster has room for where it is left open."""
 
     @model_validator(mode="after")
     def _check(self) -> "RecaptionSettings":
@@ -96,7 +89,7 @@ class RecaptionChain:
         if settings.engine == "vllm":
             self._caption = StoredCaptions(_captions(settings, plan))
         else:
-            self._caption = Recaption(settings, device="cuda" if settings.gpus else "cpu")
+            self._caption = Recaption(settings, device=settings.device)
         self._check = partial(keep_sane, settings=settings)
         self._write = WriteUnit(
             open_folder(settings.output),
@@ -136,12 +129,7 @@ def plan_recaption(settings: RecaptionSettings) -> Plan:
     plan = Plan(
         kind="pictures",
         identity={**pictures.manifest.identity, "recaption": recaption},
-        options={
-            "batch_size": settings.batch_size,
-            "row_group_size": settings.row_group_size,
-            "threads": settings.threads,
-            "device": "cuda" if settings.gpus else "cpu",
-        },
+        options=settings.options(),
         inputs={"pictures": pictures.fingerprint()},
         shapes=pictures.manifest.shapes,
         buckets=pictures.manifest.buckets,
