@@ -50,3 +50,4 @@ bench: setup ## the figures of benchmarks/README.md
 	$(BIN)/python -m benchmarks.read_decode
 	$(BIN)/python -m benchmarks.download
 	$(BIN)/python -m benchmarks.resume
+	$(BIN)/python -m benchmarks.memory_shards

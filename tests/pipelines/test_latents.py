@@ -1,8 +1,13 @@
 """Every column that a latents cache can have, made of real pictures by small real encoders."""
 
+import os
 import pickle
 import shutil
+import signal
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,10 +15,13 @@ import pytest
 import torch
 from timm.models import VisionTransformer
 
+from jobs.cluster import connect
+from jobs.prepare import prepare_latents
 from pipelines.encoders import Encoders, feature_columns
 from pipelines.latents import LatentsChain, ReadPictures, plan_latents
 from pipelines.latents_settings import FeatureSettings, LatentsSettings
 from pipelines.picture_files import open_pictures
+from pipelines.schedule import Readers, Workers, run_units
 from pipelines.stages.encode_image import EncodeImage
 from pipelines.update import carry_over, find_kept
 from tests.made import draw_pictures, save_autoencoder, save_t5, write_pictures
@@ -309,6 +317,46 @@ def test_pictures_that_another_process_decoded_make_the_same_bytes(made, tmp_pat
     for unit in pictures.units():
         chain.finish(unit, pickle.loads(pickle.dumps(read(unit))))
     finish(open_folder(split.output), plan_latents(split), [u.name for u in pictures.units()])
+    assert _files(tmp_path / "whole") == _files(tmp_path / "split")
+
+
+@dataclass(frozen=True)
+class _Deadly(ReadPictures):
+    """Kills its process where it first reads the second unit."""
+
+    mark: str = ""
+
+    def __call__(self, unit):
+        if unit.name == "00008" and not Path(self.mark).exists():
+            Path(self.mark).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(unit)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_decoder_that_is_killed_leaves_no_trace(made, tmp_path):
+    _make(_settings(made, tmp_path / "whole"))
+    settings = _settings(made, tmp_path / "split")
+    plan, pictures = plan_latents(settings), open_pictures(settings.input)
+    connect()
+    run_units(
+        partial(LatentsChain, settings, plan),
+        pictures.units(),
+        folder=open_folder(settings.output),
+        plan=plan,
+        workers=Workers(1),
+        readers=Readers(_Deadly(pictures, 4, True, False, mark=str(tmp_path / "mark")), 1),
+    )
+    assert (tmp_path / "mark").exists()
+    assert _files(tmp_path / "whole") == _files(tmp_path / "split")
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_job_with_decoders_makes_the_bytes_of_one_without(made, tmp_path):
+    _make(_settings(made, tmp_path / "whole"))
+    prepare_latents(_settings(made, tmp_path / "split", workers=1, decoders=1))
     assert _files(tmp_path / "whole") == _files(tmp_path / "split")
 
 
