@@ -144,6 +144,7 @@ def _add_dedup(parser: argparse.ArgumentParser) -> None:
 def _add_recaption(parser: argparse.ArgumentParser) -> None:
     add = adder(parser, RecaptionSettings)
     _add_places(add)
+    add("update", "after pictures changed, caption only the files that did", action="store_true")
     add("model", "hub id or folder of an image-text-to-text model of transformers")
     add("prompts", "what the model is asked; each gives captions of its own", nargs="*")
     add("engine", "vllm needs that package", choices=["transformers", "vllm"])

@@ -29,7 +29,7 @@ from pipelines.duplicates import (
     find_pairs,
     resolve,
 )
-from pipelines.picture_files import PictureFiles, open_pictures
+from pipelines.picture_files import INPUT, PictureFiles, open_pictures
 from pipelines.rows import Reason, Rejected, Row, Rows, Stage, carry
 from pipelines.schedule import PrepareReport, Workers, run_units
 from pipelines.shards import Unit
@@ -157,7 +157,7 @@ def plan_dedup(settings: DedupSettings) -> tuple[Plan, Plan]:
     """
     pictures, output = open_pictures(settings.input), open_folder(settings.output)
     signature, shapes = _signature(settings)
-    inputs = {"pictures": pictures.fingerprint()}
+    inputs = {INPUT: pictures.fingerprint()}
     signatures = Plan(
         kind="signatures",
         identity={**pictures.manifest.identity, **signature},

@@ -14,27 +14,24 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from pipelines.latents_settings import LatentsSettings
-from pipelines.picture_files import PictureFiles, open_pictures
+from pipelines.picture_files import INPUT, PictureFiles, open_pictures
 from pipelines.rows import Rows
-from pipelines.schedule import PrepareReport, Readers, Workers, run_tasks, run_units
+from pipelines.schedule import PrepareReport, Readers, Workers, run_units
 from pipelines.shards import Unit
 from pipelines.stages.decode_batch import Batch, ahead, cut, decode_batch
 from pipelines.stages.write import WriteUnit
-from pipelines.update import carry_over, find_kept
+from pipelines.update import carry_over_files
 from udiff.data.manifest import (
     Identity,
     Plan,
     UnitEntry,
-    has_plan,
     identity_difference,
     start_plan,
 )
-from udiff.data.storage import Folder, open_folder
+from udiff.data.storage import open_folder
 
 if TYPE_CHECKING:
     from pipelines.encoders import Encoders
-
-_PICTURES = "pictures"
 
 
 @dataclass(frozen=True)
@@ -127,8 +124,7 @@ def make_latents(settings: LatentsSettings, plan: Plan) -> PrepareReport:
         FailedUnitsError: some units could not be made.
     """
     pictures, output = open_pictures(settings.input), open_folder(settings.output)
-    if not has_plan(output, plan):
-        carry_over(output, plan, _find_unchanged(output, plan, pictures))
+    carry_over_files(output, plan, pictures)
     decoders = settings.decoders if settings.encodes_pictures else 0
     return run_units(
         partial(LatentsChain, settings.absolute(), plan),
@@ -147,15 +143,6 @@ def _reading(settings: LatentsSettings, pictures: PictureFiles) -> ReadPictures:
         decodes=settings.encodes_pictures,
         keep_image=settings.keep_image,
     )
-
-
-def _find_unchanged(output: Folder, plan: Plan, pictures: PictureFiles) -> set[str]:
-    """Find the units whose pictures, captions and other columns are what they were."""
-
-    def hash_units(units: list[Unit]) -> list[str]:
-        return run_tasks(PictureFiles.hash_file, [(pictures, unit) for unit in units])
-
-    return find_kept(output, plan, {_PICTURES: pictures.units()}, hash_units)
 
 
 def _load_encoders(settings: LatentsSettings, device: str) -> "Encoders":
@@ -197,7 +184,7 @@ def _plan(settings: LatentsSettings, pictures: PictureFiles, encoders: "Encoders
         kind="latents",
         identity={**manifest.identity, **encoders.identity},
         options=settings.options(),
-        inputs={_PICTURES: pictures.fingerprint()},
+        inputs={INPUT: pictures.fingerprint()},
         shapes=encoders.text_shapes() | ({} if buckets else shapes("")),
         buckets=buckets,
         class_names=manifest.class_names,

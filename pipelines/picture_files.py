@@ -12,6 +12,9 @@ from pipelines.shards import Unit
 from udiff.data.manifest import MANIFEST, PLAN, Manifest, read_manifest
 from udiff.data.storage import Folder, open_folder
 
+INPUT = "pictures"
+"""What a plan calls a pictures cache that it reads."""
+
 
 @dataclass(frozen=True)
 class PictureFiles:

@@ -3,6 +3,7 @@
 read -> caption -> sanity -> write, all in the actor that has the unit; a unit is one file.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,14 @@ import pyarrow as pa
 from pydantic import Field, PositiveInt, model_validator
 
 from pipelines.network_settings import NetworkSettings
-from pipelines.picture_files import PictureFiles, open_pictures
+from pipelines.picture_files import INPUT, PictureFiles, open_pictures
 from pipelines.recaption_vllm import CAPTIONS, StoredCaptions, caption_units, check_installed
 from pipelines.rows import Row, Rows
 from pipelines.schedule import PrepareReport, Workers, run_units
 from pipelines.shards import Unit
 from pipelines.stages.write import WriteUnit
-from udiff.data.manifest import Plan, UnitEntry, start_plan
+from pipelines.update import carry_over_files
+from udiff.data.manifest import Plan, UnitEntry, committed_units, start_plan
 from udiff.data.schema import recaption_field
 from udiff.data.storage import Folder, open_folder
 from udiff.settings import Fraction
@@ -33,6 +35,8 @@ class RecaptionSettings(NetworkSettings):
     input: str
     """Folder or bucket URI of the pictures cache."""
     output: str
+    update: bool = False
+    """Go on with a cache whose pictures have changed: caption only the files that are others."""
     model: str
     """Hub id or folder of an image-text-to-text model of transformers."""
     prompts: tuple[str, ...] = ()
@@ -101,11 +105,12 @@ class RecaptionChain:
 
     def __call__(self, unit: Unit) -> UnitEntry:
         """Carry a unit from its file to its commit."""
-        captioned = self._caption(unit.name, self._pictures.read(unit))
+        content = self._pictures.load(unit)
+        captioned = self._caption(unit.name, self._pictures.parse(unit, content))
         rows = Rows(rejected=captioned.rejected)
         for row in captioned.kept:
             rows.add(row, self._check)
-        return self._write(unit, rows)
+        return self._write(unit, rows, content=hashlib.sha256(content).hexdigest())
 
 
 def plan_recaption(settings: RecaptionSettings) -> Plan:
@@ -130,12 +135,12 @@ def plan_recaption(settings: RecaptionSettings) -> Plan:
         kind="pictures",
         identity={**pictures.manifest.identity, "recaption": recaption},
         options=settings.options(),
-        inputs={"pictures": pictures.fingerprint()},
+        inputs={INPUT: pictures.fingerprint()},
         shapes=pictures.manifest.shapes,
         buckets=pictures.manifest.buckets,
         class_names=pictures.manifest.class_names,
     )
-    start_plan(open_folder(settings.output), plan)
+    start_plan(open_folder(settings.output), plan, update=settings.update)
     return plan
 
 
@@ -147,12 +152,16 @@ def make_recaptioned(settings: RecaptionSettings, plan: Plan) -> PrepareReport:
         FailedUnitsError: some units could not be made.
     """
     pictures, settings = open_pictures(settings.input), settings.absolute()
+    output = open_folder(settings.output)
+    carry_over_files(output, plan, pictures)
     if settings.engine == "vllm":
-        caption_units(settings, pictures, _captions(settings, plan))
+        done = committed_units(output)
+        missing = [unit for unit in pictures.units() if unit.name not in done]
+        caption_units(settings, pictures, missing, _captions(settings, plan))
     return run_units(
         partial(RecaptionChain, settings, pictures, plan),
         pictures.units(),
-        folder=open_folder(settings.output),
+        folder=output,
         plan=plan,
         workers=Workers(settings.workers, cpus=settings.threads, gpus=settings.gpus),
     )

@@ -51,11 +51,13 @@ def check_installed() -> None:
         )
 
 
-def caption_units(settings: "RecaptionSettings", pictures: PictureFiles, folder: Folder) -> None:
-    """Ask vLLM for the captions of all units that are not in the folder yet."""
+def caption_units(
+    settings: "RecaptionSettings", pictures: PictureFiles, wanted: Sequence[Unit], folder: Folder
+) -> None:
+    """Ask vLLM for the captions of the units that are not in the folder yet."""
     import ray.data
 
-    units = [unit for unit in pictures.units() if not folder.exists(f"{unit.name}.json")]
+    units = [unit for unit in wanted if not folder.exists(f"{unit.name}.json")]
     if not units:
         return
     each = settings.num_captions * len(settings.prompts or (DEFAULT_PROMPT,))

@@ -174,6 +174,7 @@ class _Worker:
         self._stage = stage
         # Made here: a metric belongs to the process that counts.
         self._rows = Counter("udiff_rows", tag_keys=("stage", "result"))
+        self._bytes = Counter("udiff_bytes", tag_keys=("stage",))
         self._speed = Gauge("udiff_images_per_s", tag_keys=("stage",))
 
     @cached_property
@@ -197,6 +198,9 @@ class _Worker:
 
     def _count(self, entry: UnitEntry, seconds: float) -> None:
         cached = sum(file.rows for file in entry.files)
+        paths = [file.path for cache in entry.files for file in (cache, cache.texts) if file]
+        if written := sum(map(self._folder.size, paths)):
+            self._bytes.inc(written, {"stage": self._stage})
         for result, rows in (("cached", cached), ("rejected", entry.images_in - cached)):
             if rows:
                 self._rows.inc(rows, {"stage": self._stage, "result": result})

@@ -5,7 +5,9 @@ import json
 from collections.abc import Callable, Collection
 from typing import Any
 
+from pipelines.picture_files import INPUT, PictureFiles
 from pipelines.rows import Refusal, Row, Stage
+from pipelines.schedule import run_tasks
 from pipelines.shards import Unit
 from pipelines.source import Source
 from udiff.data.manifest import (
@@ -15,6 +17,7 @@ from udiff.data.manifest import (
     REJECTED,
     Plan,
     UnitEntry,
+    has_plan,
     read_entries,
     to_json,
     write_entry,
@@ -111,6 +114,17 @@ def carry_over(folder: Folder, plan: Plan, kept: Collection[str]) -> None:
         else:
             _remove(folder, entry)
     folder.write(PLAN, to_json(plan))
+
+
+def carry_over_files(folder: Folder, plan: Plan, pictures: PictureFiles) -> None:
+    """Carry a cache over to other pictures, unless it was begun with these; on the running Ray."""
+
+    def hash_units(units: list[Unit]) -> list[str]:
+        return run_tasks(PictureFiles.hash_file, [(pictures, unit) for unit in units])
+
+    if not has_plan(folder, plan):
+        kept = find_kept(folder, plan, {INPUT: pictures.units()}, hash_units)
+        carry_over(folder, plan, kept)
 
 
 def _remove(folder: Folder, entry: UnitEntry) -> None:

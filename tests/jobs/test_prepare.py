@@ -196,15 +196,18 @@ def test_help_names_the_defaults(kind, capsys):
     assert "(default: 256)" in capsys.readouterr().out
 
 
-def test_rows_are_counted_where_prometheus_reads_them(data, cluster, tmp_path):
+def test_rows_and_bytes_are_counted_where_prometheus_reads_them(data, cluster, tmp_path):
     prepare_pictures(_settings(data, tmp_path, unit_rows=50))
     node = ray.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    wanted = ("ray_udiff_rows_total{", 'result="rejected"', 'stage="pictures"')
+    wanted = (
+        ("ray_udiff_rows_total{", 'result="rejected"', 'stage="pictures"'),
+        ("ray_udiff_bytes_total{", 'stage="pictures"'),
+    )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         lines = urllib.request.urlopen(address).read().decode().splitlines()
-        if any(all(part in line for part in wanted) for line in lines):
+        if all(any(all(part in line for part in parts) for line in lines) for parts in wanted):
             return
         time.sleep(1)
-    pytest.fail(f"no ray_udiff_rows_total at {address}")
+    pytest.fail(f"no ray_udiff_rows_total and ray_udiff_bytes_total at {address}")

@@ -1,9 +1,11 @@
 """Captions of a model, and which of them are kept."""
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -19,9 +21,10 @@ from pipelines.recaption_vllm import StoredCaptions, ask, collect
 from pipelines.rows import Reason, Refusal
 from pipelines.stages.recaption import fingerprint_model
 from pipelines.stages.sane import Made, check_caption, find_repeated, keep_sane
+from pipelines.update import carry_over, find_kept
 from tests.captioner import COLORS, save_blip, save_captioner
 from tests.made import save_autoencoder, write_pictures
-from udiff.data.manifest import finish, read_manifest
+from udiff.data.manifest import committed_units, finish, read_manifest
 from udiff.data.storage import open_folder
 
 PROMPT = "what color is it"
@@ -66,6 +69,39 @@ def test_captions_say_what_the_picture_shows_and_the_original_is_kept(
     assert manifest.kind == "pictures"
     assert manifest.identity["recaption"]["prompts"] == [PROMPT]
     assert manifest.images_in == manifest.num_rows == 11
+
+
+def test_after_pictures_changed_only_their_file_is_captioned_again(pictures, captioner, tmp_path):
+    given = {"prompts": (PROMPT,), "batch_size": 4, "max_tokens": 8}
+    _make(shutil.copytree(pictures, tmp_path / "in"), captioner, tmp_path / "out")
+    changed = tmp_path / "in" / "data" / "00006.parquet"
+    table = pq.read_table(changed)
+    pq.write_table(table.set_column(2, table.field(2), pa.array(["new"] * len(table))), changed)
+    (plan_file := tmp_path / "in" / "plan.json").write_text(
+        plan_file.read_text().replace("11", "12")
+    )
+    with pytest.raises(ValueError, match=r"inputs\.pictures is"):
+        _make(tmp_path / "in", captioner, tmp_path / "out")
+    settings = RecaptionSettings(
+        input=str(tmp_path / "in"),
+        output=str(tmp_path / "out"),
+        model=captioner,
+        update=True,
+        **given,
+    )
+    plan, files, output = plan_recaption(settings), open_pictures(settings.input), tmp_path / "out"
+    units = {"pictures": files.units()}
+    kept = find_kept(
+        open_folder(output), plan, units, lambda asked: [files.hash_file(unit) for unit in asked]
+    )
+    carry_over(open_folder(output), plan, kept)
+    assert committed_units(open_folder(output)) == kept == {"00000"}
+    RecaptionChain(settings, files, plan)(files.units()[1])
+    finish(open_folder(output), plan, [unit.name for unit in files.units()])
+    fresh = _make(tmp_path / "in", captioner, tmp_path / "fresh")
+    assert fresh["caption"].to_pylist()[6:] == ["new"] * 5
+    for file in (tmp_path / "fresh").rglob("*.*"):
+        assert (output / file.relative_to(tmp_path / "fresh")).read_bytes() == file.read_bytes()
 
 
 def test_latents_carry_the_captions_on(pictures, captioner, tmp_path):

@@ -47,6 +47,10 @@ class Folder:
         info = self.filesystem.get_file_info(f"{self.path}/{name}".rstrip("/"))
         return info.type != fs.FileType.NotFound
 
+    def size(self, name: str) -> int:
+        """Give the bytes of a file; 0 where there is none."""
+        return self.filesystem.get_file_info(f"{self.path}/{name}").size or 0
+
     def names(self) -> tuple[str, ...]:
         """List the files of this folder by name, in order; none where it does not exist."""
         return tuple(name for name in self._all_names() if not _is_temporary(name))
