@@ -34,14 +34,15 @@ _PERIOD_S = 0.2
 def main() -> None:
     """Measure, and record the peaks and their ratios."""
     parser = make_parser("benchmarks.memory_shards", __doc__)
-    parser.add_argument("--few", type=int, default=10, help="shards (default: 10)")
-    parser.add_argument("--many", type=int, default=1000, help="shards (default: 1000)")
+    parser.add_argument(
+        "--shards", type=int, nargs="+", default=[10, 1000], help="of each run (default: 10 1000)"
+    )
     options = parser.parse_args()
-    few, many = _in_a_process(options.few), _in_a_process(options.many)
-    figures: dict[str, Any] = {"shards": [options.few, options.many], "rows_per_shard": ROWS}
-    for name in few:
-        figures[f"{name}_mb"] = [few[name] / 1e6, many[name] / 1e6]
-        figures[f"{name}_ratio"] = many[name] / few[name]
+    runs = [_in_a_process(count) for count in options.shards]
+    figures: dict[str, Any] = {"shards": options.shards, "rows_per_shard": ROWS}
+    for name in runs[0]:
+        figures[f"{name}_mb"] = [run[name] / 1e6 for run in runs]
+        figures[f"{name}_ratio"] = runs[-1][name] / runs[0][name]
     record("memory_shards", figures)
 
 

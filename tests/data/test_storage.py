@@ -66,6 +66,24 @@ def test_a_bucket_gets_each_file_in_one_piece():
     assert folder.names() == ("a",)
 
 
+def test_in_a_bucket_the_last_writer_wins_whole():
+    filesystem = fs._MockFileSystem()
+    filesystem.create_dir("bucket/shards")
+    folder, names = Folder(filesystem, "bucket/shards"), ("a.tar", "a.parquet", "a.json")
+
+    class Slow(dict):
+        """Files of which the first takes so long that another writer is done meanwhile."""
+
+        def items(self):
+            assert folder.publish(dict.fromkeys(names, b"quick"))
+            return super().items()
+
+    assert folder.publish(Slow.fromkeys(names, b"slow"))
+    assert {folder.read(name) for name in names} == {b"slow"}
+    assert not folder.publish(dict.fromkeys(names, b"late"))
+    assert {folder.read(name) for name in names} == {b"slow"}
+
+
 @given(st.sampled_from(["endpoint_override=127.0.0.1%3A9000&scheme=http", "region=eu-north-1"]))
 def test_a_folders_name_opens_the_same_folder(options):
     location = f"s3://bucket/some/cache?{options}"

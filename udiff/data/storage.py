@@ -86,8 +86,9 @@ class Folder:
 
         On a local disk the first of several writers wins, whole: what it commits is never mixed
         with what another wrote. In a bucket, where pyarrow can put no file on the condition that
-        there is none, a second writer is stopped only by a commit that it sees; of writers whose
-        content differs, files may then be mixed.
+        there is none, the last wins: whoever has begun writes all its files, in the same order. The
+        largest comes first: only from writers that are less apart than the others take can files
+        be mixed.
 
         Returns:
             False where the commit was there already, and nothing was written.
@@ -95,9 +96,9 @@ class Folder:
         commit = list(files)[-1]
         if self._is_local:
             return _publish_local(Path(self.path), files, commit)
+        if self.exists(commit):
+            return False
         for name, data in files.items():
-            if self.exists(commit):
-                return False
             if isinstance(data, Path):
                 with pa.memory_map(str(data)) as mapped:
                     self.write(name, mapped.read_buffer())
