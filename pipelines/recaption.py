@@ -118,15 +118,15 @@ def plan_recaption(settings: RecaptionSettings) -> Plan:
 
     Raises:
         FileNotFoundError: there is no finished pictures cache at `input`.
-        ValueError: `input` holds no pictures, there is another cache at `output`, or no such
-            engine here.
-        OSError: there is no such model.
+        ValueError: `input` holds no pictures, there is another cache at `output`, no such engine
+            here, or no such model.
     """
-    from pipelines.stages.recaption import fingerprint_model
+    from pipelines.stages.recaption import check_model, fingerprint_model
 
     if settings.engine == "vllm":
         check_installed()
     pictures = open_pictures(settings.input)
+    check_model(settings.model)
     asked = settings.model_dump(mode="json", include=_DECIDES)
     recaption = {**asked, "model": fingerprint_model(settings.model)}
     if earlier := pictures.manifest.identity.get("recaption"):

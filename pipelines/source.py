@@ -9,6 +9,7 @@ from pipelines.sources.files import Files, holds_files
 from pipelines.sources.listed import Listed
 from pipelines.sources.tables import Tables
 from pipelines.sources.tars import Tars
+from udiff.data.manifest import DATA, PLAN
 from udiff.data.storage import Folder, open_file_or_folder, open_folder
 
 Kind = Literal["tar", "json", "parquet", "folders", "names"]
@@ -67,7 +68,7 @@ def open_source(location: str, kind: Kind | None = None, *, pictures: str = "") 
 
     Raises:
         FileNotFoundError: there is nothing, or nothing of that kind.
-        ValueError: a table without pictures.
+        ValueError: a table without pictures, or a cache.
     """
     if not open_folder(location).exists():
         raise FileNotFoundError(f"there is no input folder {open_folder(location)}")
@@ -94,6 +95,8 @@ def _detect(folder: Folder, names: Sequence[str]) -> Kind:
     """Guess: tars come with parquet files and JSON beside them, so they go first."""
     if any(name.endswith(".tar") for name in names):
         return "tar"
+    if PLAN in names:
+        raise ValueError(f"{folder} is a cache itself; its pictures are in {folder / DATA}")
     kinds: tuple[Kind, ...] = ("parquet", "json")
     for kind in kinds:
         if any(name.endswith(_EXTENSIONS[kind]) for name in names):

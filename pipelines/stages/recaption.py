@@ -103,6 +103,28 @@ class Recaption:
         return self._processor(images=list(pictures), return_tensors="pt", **texts)
 
 
+def check_model(name: str) -> None:
+    """Look whether transformers has such a model, without loading its weights.
+
+    Raises:
+        ValueError: it has not, or only one that does not make texts of pictures.
+    """
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoProcessor
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {name!r} is neither a folder with config and processor of a model of "
+            f"transformers, nor one of the hub that can be reached: {error}"
+        ) from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"model {name!r} is a {config.model_type}, which is no image-text-to-text model"
+        )
+
+
 def fingerprint_model(name: str) -> str:
     """Tell a model from another: a folder by its files, one of the hub by its commit."""
     folder = Path(name)

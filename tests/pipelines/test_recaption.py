@@ -23,7 +23,7 @@ from pipelines.stages.recaption import fingerprint_model
 from pipelines.stages.sane import Made, check_caption, find_repeated, keep_sane
 from pipelines.update import carry_over, find_kept
 from tests.captioner import COLORS, save_blip, save_captioner
-from tests.made import save_autoencoder, write_pictures
+from tests.made import save_autoencoder, save_t5, write_pictures
 from udiff.data.manifest import committed_units, finish, read_manifest
 from udiff.data.storage import open_folder
 
@@ -153,6 +153,18 @@ def test_another_model_or_prompt_is_not_continued(pictures, captioner, tmp_path)
         _make(pictures, captioner, tmp_path, prompts=())
     with pytest.raises(ValidationError, match="set temperature above 0"):
         RecaptionSettings(input="a", output="b", model="c", num_captions=2)
+
+
+def test_a_model_that_writes_no_captions_is_refused_before_anything_is_written(pictures, tmp_path):
+    save_t5(tmp_path / "t5")
+    for model, message in (
+        ("/none", r"model '/none' is neither a folder"),
+        (str(pictures), "is neither a folder with config"),
+        (str(tmp_path / "t5"), "is a t5, which is no image-text-to-text model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _make(pictures, model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_does_not_chat_goes_on_from_its_prompt(pictures, tmp_path):

@@ -38,12 +38,17 @@ class _Chain:
             os.kill(os.getpid(), signal.SIGKILL)
         if unit.name == "raises":
             raise OSError(f"cannot read {self.folder}/{unit.source}")
-        file = CacheFile(path=unit.source, rows=1, row_groups=(1,))
-        entry = UnitEntry(
-            unit=unit.name, plan=PLAN.fingerprint, images_in=1, files=(file,), rejected={}
-        )
-        write_entry(self.folder, entry)
-        return entry
+        return commit(self.folder, unit)
+
+
+def commit(folder: Folder, unit: Unit) -> UnitEntry:
+    """Commit a unit of one row."""
+    file = CacheFile(path=unit.source, rows=1, row_groups=(1,))
+    entry = UnitEntry(
+        unit=unit.name, plan=PLAN.fingerprint, images_in=1, files=(file,), rejected={}
+    )
+    write_entry(folder, entry)
+    return entry
 
 
 @dataclass

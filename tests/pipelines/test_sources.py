@@ -264,3 +264,7 @@ def test_what_cannot_be_a_source_is_said(tmp_path):
         (tmp_path / name).write_text("[]")
     with pytest.raises(ValueError, match=r"holds 2 lists \(a.json, b.json\): name one"):
         open_source(str(tmp_path), "json")
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "plan.json").touch()
+    with pytest.raises(ValueError, match=r"is a cache itself; its pictures are in .*/data"):
+        open_source(str(tmp_path))
