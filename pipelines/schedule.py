@@ -1,11 +1,11 @@
 """Runs a chain over its units with Ray Data.
 
-One actor carries a unit the whole way; or tasks, on any machine with a CPU, read units ahead for
-the actors, so that no GPU waits for decoding. Ray Data bounds how far they are ahead, by the object
-store's memory.
+One actor carries a unit the whole way, and no picture goes through Ray. Or tasks, on any machine
+with a CPU, read units ahead for the actors, so that no GPU waits for decoding; Ray Data bounds how
+far they are ahead by the object store's memory.
 
-Units, not pictures, go through Ray. A unit that fails does not stop the others; what is missing at
-the end is found by comparing the units wanted with those committed.
+A unit that fails does not stop the others; what is missing at the end is found by comparing the
+units wanted with those committed.
 """
 
 import time
