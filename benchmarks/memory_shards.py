@@ -7,11 +7,11 @@ the shards is what is kept of each. Every run has a process and a Ray of its own
 """
 
 import io
-import multiprocessing as mp
+import subprocess
+import sys
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,11 @@ from PIL import Image
 from benchmarks.machine import record
 from jobs.console import make_parser
 from jobs.fashion_mnist import make_sample, write_shards
-from jobs.prepare import prepare_latents, prepare_pictures
-from pipelines.latents_settings import LatentsSettings
-from pipelines.pictures import PicturesSettings
 from tests.made import draw_pictures, save_autoencoder
 
 ROWS = 4
 SIZE = 32
-_PERIOD_S = 0.2
+_PERIOD_S = 0.02
 
 
 def main() -> None:
@@ -38,7 +35,7 @@ def main() -> None:
         "--shards", type=int, nargs="+", default=[10, 1000], help="of each run (default: 10 1000)"
     )
     options = parser.parse_args()
-    runs = [_in_a_process(count) for count in options.shards]
+    runs = [_measure(count) for count in options.shards]
     figures: dict[str, Any] = {"shards": options.shards, "rows_per_shard": ROWS}
     for name in runs[0]:
         figures[f"{name}_mb"] = [run[name] / 1e6 for run in runs]
@@ -46,35 +43,21 @@ def main() -> None:
     record("memory_shards", figures)
 
 
-def _in_a_process(num_shards: int) -> dict[str, int]:
-    with mp.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure, (num_shards,))
-
-
 def _measure(num_shards: int) -> dict[str, int]:
     """Run both jobs; gives the peak bytes of the driver and of the largest worker in each."""
-    peaks: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_shards(folder / "shards", num_shards)
         save_autoencoder(folder / "autoencoder")
-        paths = {kind: str(folder / kind) for kind in ("shards", "pictures", "latents")}
-        with _watching(peaks, "pictures"):
-            prepare_pictures(
-                PicturesSettings(
-                    input=paths["shards"], output=paths["pictures"], size=SIZE, workers=1
-                )
-            )
-        with _watching(peaks, "latents"):
-            prepare_latents(
-                LatentsSettings(
-                    input=paths["pictures"],
-                    output=paths["latents"],
-                    autoencoder=str(folder / "autoencoder"),
-                    workers=1,
-                )
-            )
-    return peaks
+        pictures = _watch(
+            *("pictures", "--input", folder / "shards", "--output", folder / "pictures"),
+            *("--size", SIZE, "--workers", 1),
+        )
+        latents = _watch(
+            *("latents", "--input", folder / "pictures", "--output", folder / "latents"),
+            *("--autoencoder", folder / "autoencoder", "--workers", 1),
+        )
+    return pictures | latents
 
 
 def _write_shards(folder: Path, num_shards: int) -> None:
@@ -86,29 +69,27 @@ def _write_shards(folder: Path, num_shards: int) -> None:
     write_shards(folder, samples * num_shards, ROWS)
 
 
-@contextmanager
-def _watching(peaks: dict[str, int], job: str) -> Iterator[None]:
-    """Note the peaks of this process and of its Ray's workers while the body runs."""
-    stop = threading.Event()
+def _watch(kind: str, *arguments: object) -> dict[str, int]:
+    """Run a job; gives the peak bytes of its process, and of the largest that runs its chain."""
+    command = [sys.executable, "-m", "jobs.prepare", kind, *map(str, arguments)]
+    job, driver, worker = subprocess.Popen(command, stderr=subprocess.DEVNULL), 0, 0
+    looked = 0.0
+    while job.poll() is None:
+        driver = max(driver, _peak_bytes(job.pid))
+        if time.monotonic() > looked + 1:  # all processes of Ray are many
+            worker = max(worker, *map(_peak_bytes, [0, *_workers(job.pid)]))
+            looked = time.monotonic()
+        time.sleep(_PERIOD_S)
+    if job.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {job.returncode}")
+    return {f"{kind}_driver": driver, f"{kind}_worker": worker}
 
-    def look() -> None:
-        while not stop.wait(_PERIOD_S):
-            workers = [
-                process
-                for process in psutil.Process().children(recursive=True)
-                if "MapWorker" in _name(process)
-            ]
-            found = max((_peak_bytes(process.pid) for process in workers), default=0)
-            peaks[f"{job}_worker"] = max(peaks.get(f"{job}_worker", 0), found)
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    peaks[f"{job}_driver"] = _peak_bytes(psutil.Process().pid)
+def _workers(pid: int) -> list[int]:
+    with suppress(psutil.NoSuchProcess):
+        processes = psutil.Process(pid).children(recursive=True)
+        return [process.pid for process in processes if "MapWorker" in _name(process)]
+    return []
 
 
 def _name(process: psutil.Process) -> str:
