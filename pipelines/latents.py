@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -32,6 +33,9 @@ from udiff.data.storage import open_folder
 
 if TYPE_CHECKING:
     from pipelines.encoders import Encoders
+
+
+_MAX_DECODED_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -125,15 +129,25 @@ def make_latents(settings: LatentsSettings, plan: Plan) -> PrepareReport:
     """
     pictures, output = open_pictures(settings.input), open_folder(settings.output)
     carry_over_files(output, plan, pictures)
-    decoders = settings.decoders if settings.encodes_pictures else 0
     return run_units(
         partial(LatentsChain, settings.absolute(), plan),
         pictures.units(),
         folder=output,
         plan=plan,
         workers=Workers(settings.workers, cpus=settings.threads, gpus=settings.gpus),
-        readers=Readers(_reading(settings, pictures), decoders),
+        readers=Readers(_reading(settings, pictures), count_decoders(settings, pictures)),
     )
+
+
+def count_decoders(settings: LatentsSettings, pictures: PictureFiles) -> int | None:
+    """Give the number asked for, None for any; 0 where none is of use.
+
+    Unless they are asked for there are none where a unit is so large that those which are decoded
+    ahead would take too much memory.
+    """
+    sizes = (file.rows * 3 * prod(pictures.size(file.bucket)) for file in pictures.manifest.files)
+    is_large = settings.decoders is None and max(sizes) > _MAX_DECODED_BYTES
+    return 0 if is_large or not settings.encodes_pictures else settings.decoders
 
 
 def _reading(settings: LatentsSettings, pictures: PictureFiles) -> ReadPictures:

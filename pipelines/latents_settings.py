@@ -129,7 +129,8 @@ class LatentsSettings(NetworkSettings):
     batch_size: PositiveInt = 32
     decoders: int | None = Field(default=None, ge=0)
     """CPUs, of any machine, that read and decode the next units while workers encode; 0 has each
-    worker decode its own. Left open: what workers with GPUs leave free, 4 for each at most."""
+    worker decode its own. Left open: what workers with GPUs leave free, 4 for each at most, and
+    none where the pictures of a unit take over 1 GiB once decoded."""
 
     @model_validator(mode="after")
     def _check_columns(self) -> "LatentsSettings":

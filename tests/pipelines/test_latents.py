@@ -4,7 +4,7 @@ import os
 import pickle
 import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from timm.models import VisionTransformer
 from jobs.cluster import connect
 from jobs.prepare import prepare_latents
 from pipelines.encoders import Encoders, feature_columns
-from pipelines.latents import LatentsChain, ReadPictures, plan_latents
+from pipelines.latents import LatentsChain, ReadPictures, count_decoders, plan_latents
 from pipelines.latents_settings import FeatureSettings, LatentsSettings
 from pipelines.picture_files import open_pictures
 from pipelines.schedule import Readers, Workers, run_units
@@ -318,6 +318,17 @@ def test_pictures_that_another_process_decoded_make_the_same_bytes(made, tmp_pat
         chain.finish(unit, pickle.loads(pickle.dumps(read(unit))))
     finish(open_folder(split.output), plan_latents(split), [u.name for u in pictures.units()])
     assert _files(tmp_path / "whole") == _files(tmp_path / "split")
+
+
+def test_decoders_are_chosen_where_they_are_of_use(made, tmp_path):
+    pictures = open_pictures(str(made / "pictures"))
+    shapes = {"image": (8192, 8192, 3)}
+    large = replace(pictures, manifest=pictures.manifest.model_copy(update={"shapes": shapes}))
+    asked, free = (_settings(made, tmp_path, decoders=number) for number in (2, None))
+    assert (count_decoders(asked, pictures), count_decoders(free, pictures)) == (2, None)
+    assert (count_decoders(asked, large), count_decoders(free, large)) == (2, 0)
+    texts = _settings(made, tmp_path, decoders=2, autoencoder=None)
+    assert count_decoders(texts, pictures) == 0
 
 
 @dataclass(frozen=True)
