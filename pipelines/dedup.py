@@ -195,6 +195,7 @@ def make_deduped(settings: DedupSettings, plans: tuple[Plan, Plan]) -> PrepareRe
         pictures.units(),
         folder=output / SIGNATURES,
         plan=signatures,
+        stage="sign",
         workers=Workers(settings.workers, gpus=settings.gpus),
     )
     decide(settings, pictures, signed.manifest, plan=left)
@@ -203,6 +204,7 @@ def make_deduped(settings: DedupSettings, plans: tuple[Plan, Plan]) -> PrepareRe
         pictures.units(),
         folder=output,
         plan=left,
+        stage="dedup",
         workers=Workers(settings.workers),
     )
 

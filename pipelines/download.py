@@ -115,6 +115,7 @@ def make_shards(settings: DownloadSettings, plan: Plan) -> PrepareReport:
         _units(dict(zip(plan.inputs, cuts, strict=True))),
         folder=output,
         plan=plan,
+        stage="download",
         workers=Workers(settings.workers),
     )
 

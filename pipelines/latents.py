@@ -134,6 +134,7 @@ def make_latents(settings: LatentsSettings, plan: Plan) -> PrepareReport:
         pictures.units(),
         folder=output,
         plan=plan,
+        stage="latents",
         workers=Workers(settings.workers, cpus=settings.threads, gpus=settings.gpus),
         readers=Readers(_reading(settings, pictures), count_decoders(settings, pictures)),
     )

@@ -200,6 +200,7 @@ def make_pictures(settings: PicturesSettings, plan: Plan) -> PrepareReport:
         [unit for units in cuts for unit in units],
         folder=output,
         plan=plan,
+        stage="pictures",
         workers=Workers(settings.workers, gpus=settings.gpus),
     )
 

@@ -163,6 +163,7 @@ def make_recaptioned(settings: RecaptionSettings, plan: Plan) -> PrepareReport:
         pictures.units(),
         folder=output,
         plan=plan,
+        stage="recaption",
         workers=Workers(settings.workers, cpus=settings.threads, gpus=settings.gpus),
     )
 

@@ -103,12 +103,13 @@ def run_units(
     *,
     folder: Folder,
     plan: Plan,
+    stage: str,
     workers: Workers,
     readers: Readers | None = None,
 ) -> PrepareReport:
     """Run the units that are not committed yet, then fold the manifest.
 
-    With `readers` the chain is a `SplitChain`.
+    With `readers` the chain is a `SplitChain`. Ray's metrics count what it does under `stage`.
 
     Raises:
         ValueError: the cluster has too few CPUs or GPUs for the workers.
@@ -117,7 +118,7 @@ def run_units(
     started = time.perf_counter()
     done = committed_units(folder)
     missing = [unit for unit in units if unit.name not in done]
-    arguments = (make_chain, folder, plan.kind)
+    arguments = (make_chain, folder, stage)
     reports = _run(arguments, missing, workers, readers) if missing else []
     if failed := {unit.name for unit in missing} - committed_units(folder):
         raise FailedUnitsError(_describe(failed, reports, len(units)))

@@ -68,6 +68,7 @@ def _run(path: Path) -> None:
         [Unit(name, f"{name}.tar", 1) for name in "abc"],
         folder=folder,
         plan=PLAN,
+        stage="made",
         workers=Workers(1, gpus=1),
         readers=Readers(_Reading(folder), None),
     )

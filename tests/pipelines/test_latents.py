@@ -356,6 +356,7 @@ def test_a_decoder_that_is_killed_leaves_no_trace(made, tmp_path):
         pictures.units(),
         folder=open_folder(settings.output),
         plan=plan,
+        stage="latents",
         workers=Workers(1),
         readers=Readers(_Deadly(pictures, 4, True, False, mark=str(tmp_path / "mark")), 1),
     )

@@ -96,6 +96,7 @@ def _run(tmp_path, names, deadly="", deaths=0, workers=1):
         [Unit(name, f"{name}.tar", 1) for name in names],
         folder=folder,
         plan=PLAN,
+        stage="made",
         workers=Workers(workers),
     )
 
@@ -107,6 +108,7 @@ def _run_split(tmp_path, names, *, deadly="", ahead="", readers=1):
         [Unit(name, f"{name}.tar", 1) for name in names],
         folder=folder,
         plan=PLAN,
+        stage="made",
         workers=Workers(1),
         readers=Readers(_Reading(folder, deadly), readers),
     )
