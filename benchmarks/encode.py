@@ -19,8 +19,8 @@ from PIL import Image
 
 from benchmarks.machine import record, spread
 from jobs.console import make_parser
-from pipelines.rows import Row
-from pipelines.stages.decode_batch import ahead, cut, decode_batch
+from pipelines.rows import Row, cut
+from pipelines.stages.decode_batch import ahead, decode_batch
 from pipelines.stages.encode_image import EncodeImage, PictureColumns, encode_moments
 from tests.made import draw_pictures
 from udiff.autoencoders.kl import KLAutoencoder

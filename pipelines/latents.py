@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from pipelines.latents_settings import LatentsSettings
 from pipelines.picture_files import INPUT, PictureFiles, open_pictures
-from pipelines.rows import Rows
+from pipelines.rows import Rows, cut
 from pipelines.schedule import PrepareReport, Readers, Workers, run_units
 from pipelines.shards import Unit
-from pipelines.stages.decode_batch import Batch, ahead, cut, decode_batch
+from pipelines.stages.decode_batch import Batch, ahead, decode_batch
 from pipelines.stages.write import WriteUnit
 from pipelines.update import carry_over_files
 from udiff.data.manifest import (

@@ -5,11 +5,12 @@ Every sample that comes in ends as exactly one row: cached, or rejected with a r
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
+Item = TypeVar("Item")
 Row = dict[str, Any]
 Stage = Callable[[Row], Row]
 """Gives the row with what it adds; raises `Refusal` for a row that must not go on."""
@@ -127,6 +128,11 @@ def carry(rows: Iterable[Row], *stages: Stage) -> Rows:
     for row in rows:
         carried.add(row, *stages)
     return carried
+
+
+def cut(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Cut rows, or anything else, into batches, in order; the last may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 _OBJECT = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")

@@ -8,10 +8,11 @@ A unit that fails does not stop the others; what is missing at the end is found 
 units wanted with those committed.
 """
 
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
@@ -24,7 +25,7 @@ from ray.util.metrics import Counter, Gauge
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines.rows import stable_text
+from pipelines.rows import cut, stable_text
 from pipelines.shards import Unit
 from udiff.data.manifest import (
     Manifest,
@@ -39,6 +40,7 @@ from udiff.data.storage import Folder
 Result = TypeVar("Result")
 _Columns: TypeAlias = dict[str, np.ndarray]
 
+_MAX_UNITS = 10_000  # that Ray Data is given at a time: its driver keeps some kilobytes for each
 _MAX_RETRIES = 2  # Ray Data's own default is for ever
 _READERS_PER_WORKER = 4
 _UNLIMITED = -1
@@ -119,12 +121,15 @@ def run_units(
     done = committed_units(folder)
     missing = [unit for unit in units if unit.name not in done]
     arguments = (make_chain, folder, stage)
-    reports = _run(arguments, missing, workers, readers) if missing else []
+    outcome = _Tally()
+    if missing:
+        images = sum(unit.num_samples for unit in missing)
+        _follow(_run(arguments, missing, workers, readers), images, outcome)
     if failed := {unit.name for unit in missing} - committed_units(folder):
-        raise FailedUnitsError(_describe(failed, reports, len(units)))
+        raise FailedUnitsError(_describe(failed, outcome.errors, len(units)))
     manifest = finish(folder, plan, [unit.name for unit in units])
     wall_s = time.perf_counter() - started
-    return PrepareReport(manifest, len(missing), _speed(reports), wall_s)
+    return PrepareReport(manifest, len(missing), outcome.images_per_s, wall_s)
 
 
 def run_tasks(
@@ -217,38 +222,65 @@ class _Report:
     error: str
 
 
+@dataclass
+class _Tally:
+    """What became of the units so far: as small for many as for few."""
+
+    images: int = 0
+    started: float = math.inf
+    ended: float = 0.0
+    errors: dict[str, str] = field(default_factory=dict)
+    """Of the units that failed."""
+
+    def add(self, report: _Report) -> None:
+        """Count one more unit."""
+        self.started, self.ended = min(self.started, report.started), max(self.ended, report.ended)
+        if report.error:
+            self.errors[report.unit] = report.error
+        else:
+            self.images += report.images
+
+    @property
+    def images_per_s(self) -> float:
+        """Pictures per second, from the first unit's start; 0 before any."""
+        return self.images / max(self.ended - self.started, 1e-9)
+
+
 def _run(
     arguments: tuple[Any, ...], units: Sequence[Unit], workers: Workers, readers: Readers | None
-) -> list[_Report]:
+) -> Iterator[_Report]:
+    """Give the reports of all units as they come, in any order."""
     num_actors, num_readers = _pool_sizes(workers, readers, len(units))
     with DataContext.current(_quiet_context()), warnings.catch_warnings():
         # Ray 2.60 means to drop these arguments, and has nothing yet that bounds retries.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        data: ray.data.Dataset = ray.data.from_items(
-            [asdict(unit) for unit in units], override_num_blocks=len(units)
-        )
-        if readers is not None and num_readers:
+        for part in cut(units, _MAX_UNITS):
+            data: ray.data.Dataset = ray.data.from_items(
+                [asdict(unit) for unit in part], override_num_blocks=len(part)
+            )
+            if readers is not None and num_readers:
+                data = data.map_batches(
+                    partial(_read, read=readers.read, folder=arguments[1]),
+                    batch_size=1,
+                    batch_format="numpy",
+                    compute=TaskPoolStrategy(size=num_readers),
+                    num_cpus=1,
+                    max_retries=_MAX_RETRIES,
+                )
             data = data.map_batches(
-                partial(_read, read=readers.read, folder=arguments[1]),
+                _Worker,
+                fn_constructor_args=arguments,
                 batch_size=1,
                 batch_format="numpy",
-                compute=TaskPoolStrategy(size=num_readers),
-                num_cpus=1,
-                max_retries=_MAX_RETRIES,
+                # One in flight: a unit that is queued on an actor that dies would be dropped.
+                compute=ActorPoolStrategy(size=num_actors, max_tasks_in_flight_per_actor=1),
+                num_cpus=workers.cpus,
+                num_gpus=workers.gpus,
+                max_task_retries=_MAX_RETRIES,
+                max_restarts=_UNLIMITED,
             )
-        rows = data.map_batches(
-            _Worker,
-            fn_constructor_args=arguments,
-            batch_size=1,
-            batch_format="numpy",
-            # One in flight: a unit that is queued on an actor that dies would be dropped.
-            compute=ActorPoolStrategy(size=num_actors, max_tasks_in_flight_per_actor=1),
-            num_cpus=workers.cpus,
-            num_gpus=workers.gpus,
-            max_task_retries=_MAX_RETRIES,
-            max_restarts=_UNLIMITED,
-        ).iter_rows()
-        return _follow(rows, sum(unit.num_samples for unit in units))
+            for row in data.iter_rows():
+                yield _Report(**row)
 
 
 def _quiet_context() -> DataContext:
@@ -258,9 +290,8 @@ def _quiet_context() -> DataContext:
     return context
 
 
-def _follow(rows: Iterable[dict[str, Any]], num_images: int) -> list[_Report]:
-    """Collect the reports of the units as they come, under a bar that counts pictures."""
-    reports = []
+def _follow(reports: Iterable[_Report], num_images: int, tally: _Tally) -> None:
+    """Count the reports of the units as they come, under a bar that counts pictures."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -271,17 +302,9 @@ def _follow(rows: Iterable[dict[str, Any]], num_images: int) -> list[_Report]:
     )
     with bar:
         task = bar.add_task("pictures", total=num_images, speed=0.0)
-        for row in rows:
-            reports.append(_Report(**row))
-            bar.update(task, advance=row["images"], speed=_speed(reports))
-    return reports
-
-
-def _speed(reports: Sequence[_Report]) -> float:
-    if not reports:
-        return 0.0
-    seconds = max(report.ended for report in reports) - min(report.started for report in reports)
-    return sum(report.images for report in reports if not report.error) / max(seconds, 1e-9)
+        for report in reports:
+            tally.add(report)
+            bar.update(task, advance=report.images, speed=tally.images_per_s)
 
 
 def _pool_sizes(workers: Workers, readers: Readers | None, num_units: int) -> tuple[int, int]:
@@ -309,8 +332,7 @@ def _pool_sizes(workers: Workers, readers: Readers | None, num_units: int) -> tu
     return count, wanted
 
 
-def _describe(failed: set[str], reports: Sequence[_Report], num_units: int) -> str:
-    errors = {report.unit: report.error for report in reports if report.error}
+def _describe(failed: set[str], errors: Mapping[str, str], num_units: int) -> str:
     named = [f"{unit} ({errors.get(unit, 'its process died')})" for unit in sorted(failed)]
     more = f" and {len(named) - 5} more" if len(named) > 5 else ""
     return (

@@ -41,11 +41,6 @@ def decode_batch(rows: Sequence[Row], size: tuple[int, int], *, keep_image: bool
     return Batch(decoded, np.stack(images) if images else np.zeros((0, *size, 3), np.uint8))
 
 
-def cut(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
-    """Cut rows into batches, in order; the last may be shorter."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
 def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yield function(item) in order, working on the next while the caller has this one."""
     with ThreadPoolExecutor(1) as pool:

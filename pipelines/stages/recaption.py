@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.rows import Row, Rows
-from pipelines.stages.decode_batch import ahead, cut
+from pipelines.rows import Row, Rows, cut
+from pipelines.stages.decode_batch import ahead
 from pipelines.stages.sane import DEFAULT_PROMPT, Made
 from pipelines.stages.sign import open_cached
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from pipelines.rows import Reason, Refusal, Row, Rows
-from pipelines.stages.decode_batch import cut
+from pipelines.rows import Reason, Refusal, Row, Rows, cut
 from udiff.data.schema import decode_png
 
 if TYPE_CHECKING:

@@ -119,11 +119,16 @@ def test_the_next_unit_is_read_while_one_is_encoded(tmp_path):
     assert report.manifest.num_rows == report.units_done == 3
 
 
-def test_without_readers_the_worker_reads(tmp_path):
-    _run_split(tmp_path, ["a", "b"], ahead="never", readers=0)
+def test_without_readers_the_worker_reads_however_many_units_are_run_at_a_time(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("pipelines.schedule._MAX_UNITS", 2)
+    report = _run_split(tmp_path, ["a", "b", "c"], ahead="never", readers=0)
+    assert report.manifest.num_rows == report.units_done == 3
     assert not list(tmp_path.glob("*.read"))
 
 
+@pytest.mark.long
 def test_a_unit_that_cannot_be_read_fails_alone(tmp_path):
     with pytest.raises(FailedUnitsError, match=r"1 of 3 .* raises \(OSError: cannot read <path>\)"):
         _run_split(tmp_path, ["a", "raises", "c"])
