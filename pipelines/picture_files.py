@@ -55,10 +55,6 @@ class PictureFiles:
         bucket = self.bucket(unit)
         return [{**row, "bucket": bucket} for row in rows] if bucket else rows
 
-    def hash_file(self, unit: Unit) -> str:
-        """Tell a file's content from another's."""
-        return hashlib.sha256(self.load(unit)).hexdigest()
-
     def bucket(self, unit: Unit) -> str:
         """Name the bucket of a file's pictures; "" where all pictures are of one size."""
         return next(file.bucket for file in self.manifest.files if file.path == unit.source)
@@ -73,6 +69,11 @@ class PictureFiles:
         """Tell the cache from another."""
         content = self.folder.read(MANIFEST) + self.folder.read(PLAN)
         return hashlib.sha256(content).hexdigest()
+
+
+def hash_file(folder: Folder, unit: Unit) -> str:
+    """Tell the content of a file of a pictures cache from another's."""
+    return hashlib.sha256(folder.read(unit.source)).hexdigest()
 
 
 def open_pictures(location: str) -> PictureFiles:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Collection
 from typing import Any
 
-from pipelines.picture_files import INPUT, PictureFiles
+from pipelines.picture_files import INPUT, PictureFiles, hash_file
 from pipelines.rows import Refusal, Row, Stage
 from pipelines.schedule import run_tasks
 from pipelines.shards import Unit
@@ -120,7 +120,7 @@ def carry_over_files(folder: Folder, plan: Plan, pictures: PictureFiles) -> None
     """Carry a cache over to other pictures, unless it was begun with these; on the running Ray."""
 
     def hash_units(units: list[Unit]) -> list[str]:
-        return run_tasks(PictureFiles.hash_file, [(pictures, unit) for unit in units])
+        return run_tasks(hash_file, [(pictures.folder, unit) for unit in units])
 
     if not has_plan(folder, plan):
         kept = find_kept(folder, plan, {INPUT: pictures.units()}, hash_units)

@@ -20,7 +20,7 @@ from jobs.prepare import prepare_latents
 from pipelines.encoders import Encoders, feature_columns
 from pipelines.latents import LatentsChain, ReadPictures, count_decoders, plan_latents
 from pipelines.latents_settings import FeatureSettings, LatentsSettings
-from pipelines.picture_files import open_pictures
+from pipelines.picture_files import hash_file, open_pictures
 from pipelines.schedule import Readers, Workers, run_units
 from pipelines.stages.encode_image import EncodeImage
 from pipelines.update import carry_over, find_kept
@@ -268,7 +268,10 @@ def _update(settings):
         plan_latents(settings),
     )
     kept = find_kept(
-        folder, plan, {"pictures": pictures.units()}, lambda us: [pictures.hash_file(u) for u in us]
+        folder,
+        plan,
+        {"pictures": pictures.units()},
+        lambda us: [hash_file(pictures.folder, u) for u in us],
     )
     carry_over(folder, plan, kept)
     chain, made = LatentsChain(settings, plan), []

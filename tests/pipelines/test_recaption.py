@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from pipelines.latents import LatentsChain, plan_latents
 from pipelines.latents_settings import LatentsSettings
-from pipelines.picture_files import open_pictures
+from pipelines.picture_files import hash_file, open_pictures
 from pipelines.recaption import RecaptionChain, RecaptionSettings, plan_recaption
 from pipelines.recaption_vllm import StoredCaptions, ask, collect
 from pipelines.rows import Reason, Refusal
@@ -92,7 +92,10 @@ def test_after_pictures_changed_only_their_file_is_captioned_again(pictures, cap
     plan, files, output = plan_recaption(settings), open_pictures(settings.input), tmp_path / "out"
     units = {"pictures": files.units()}
     kept = find_kept(
-        open_folder(output), plan, units, lambda asked: [files.hash_file(unit) for unit in asked]
+        open_folder(output),
+        plan,
+        units,
+        lambda asked: [hash_file(files.folder, unit) for unit in asked],
     )
     carry_over(open_folder(output), plan, kept)
     assert committed_units(open_folder(output)) == kept == {"00000"}
