@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from pipelines.generate import generate
 from udiff.bundle import load_bundle
 from udiff.evaluation.answers import is_exact, number_answers, vqa_accuracy
 from udiff.evaluation.captions import rate_captions
-from udiff.system import Task
 
 REFERENCES, ANSWER, QUESTION_ID = "references", "answer", "question_id"
 METRICS = ("vqa", "exact", "captions", "none")
@@ -37,16 +37,7 @@ Line = dict[str, Any]
 
 
 def rate(lines: Sequence[Line], *, metric: str) -> dict[str, float]:
-    """Rate answered lines; accuracies in percent, with two decimals.
-
-    Raises:
-        UserError: a line has no answer, or too few references to be rated.
-    """
-    missing = [
-        number for number, line in enumerate(lines, 1) if not isinstance(line.get(ANSWER), str)
-    ]
-    if missing:
-        raise UserError(f"line {missing[0]} has no {ANSWER}: give a --bundle that answers")
+    """Rate answered lines; accuracies in percent, with two decimals."""
     if metric == "captions":
         return rate_captions([line[ANSWER] for line in lines], [line[REFERENCES] for line in lines])
     if metric == "exact":
@@ -54,12 +45,6 @@ def rate(lines: Sequence[Line], *, metric: str) -> dict[str, float]:
         return {"exact_accuracy": round(100 * sum(hits) / len(hits), 2)}
     if metric == "none":
         return {}
-    single = [number for number, line in enumerate(lines, 1) if len(line[REFERENCES]) == 1]
-    if single:
-        raise UserError(
-            f"line {single[0]} has one of the {REFERENCES}, of which VQA accuracy wants ten: no "
-            "answer could agree with another; use --metric exact"
-        )
     scores = [vqa_accuracy(line[ANSWER], number_answers(line[REFERENCES])) for line in lines]
     return {"vqa_accuracy": round(100 * sum(scores) / len(scores), 2)}
 
@@ -67,7 +52,9 @@ def rate(lines: Sequence[Line], *, metric: str) -> dict[str, float]:
 def answer(
     lines: Sequence[Line], *, bundle: str, task: str, folder: Path, workers: int, gpus: float
 ) -> list[Line]:
-    """Have a model answer all lines, whose pictures lie in a folder.
+    """Have a model answer all lines, whose pictures lie in a folder that every node reaches.
+
+    All are tried before the first is answered; the pictures are read again where they are needed.
 
     Raises:
         UserError: a line is no request of the task, or there is no such task.
@@ -76,15 +63,22 @@ def answer(
     if task not in tasks or tasks[task].output != "text":
         texts = [name for name, each in tasks.items() if each.output == "text"]
         raise UserError(f"--task must be one of {', '.join(texts) or 'none'}; got {task}")
-    requests = [_request(number, line, tasks[task], folder) for number, line in enumerate(lines, 1)]
+    kind = tasks[task].request
+    requests = [{name: line[name] for name in kind.model_fields if name in line} for line in lines]
+    read = partial(open_pictures, folder=folder.absolute())
+    for number, request in enumerate(requests, 1):
+        try:
+            kind.model_validate(read(request, kind))
+        except (ValueError, OSError) as error:
+            raise UserError(f"line {number}: {error}") from None
     connect()
     path = str(Path(bundle).absolute())
-    found = generate(path, requests, task=task, workers=workers, gpus=gpus).outputs
-    return [{**line, ANSWER: text} for line, text in zip(lines, found, strict=True)]
+    generated = generate(path, requests, task=task, workers=workers, gpus=gpus, open_request=read)
+    return [{**line, ANSWER: text} for line, text in zip(lines, generated.outputs, strict=True)]
 
 
-def read_lines(file: Path, *, rated: bool = True) -> list[Line]:
-    """Read questions with their references, which those that are `rated` must have.
+def read_lines(file: Path, *, metric: str = "vqa") -> list[Line]:
+    """Read questions with their references, which all metrics need but `none`.
 
     Raises:
         UserError: a line is no JSON object, or has no references.
@@ -97,7 +91,7 @@ def read_lines(file: Path, *, rated: bool = True) -> list[Line]:
         line = _parse(text, f"{file} line {number}")
         references = line.get(REFERENCES)
         is_list = isinstance(references, list) and all(isinstance(r, str) for r in references)
-        if rated and not (references and is_list):
+        if metric != "none" and not (references and is_list):
             raise UserError(f"{file} line {number} has no list of {REFERENCES}")
         lines.append(line)
     if not lines:
@@ -115,16 +109,6 @@ def _parse(text: str, place: str) -> Line:
     return line
 
 
-def _request(number: int, line: Line, task: Task, folder: Path) -> dict[str, Any]:
-    asked = {name: line[name] for name in task.request.model_fields if name in line}
-    try:
-        request = open_pictures(asked, task.request, folder)
-        task.request.model_validate(request)
-    except (ValueError, OSError) as error:
-        raise UserError(f"line {number}: {error}") from None
-    return request
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
     options = _parser().parse_args(arguments)
@@ -132,7 +116,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    lines = read_lines(options.questions, rated=options.metric != "none")
+    lines = read_lines(options.questions, metric=options.metric)
+    if not options.bundle:
+        _check_answers(lines)
+    if options.metric == "vqa":
+        _check_references(lines)
     if options.bundle:
         lines = answer(
             lines,
@@ -142,18 +130,34 @@ def _run(options: argparse.Namespace) -> None:
             workers=options.workers,
             gpus=options.gpus,
         )
+    if options.out:  # before they are rated, which must not cost what took hours
+        _write_answers(lines, options.out)
     scores = {**rate(lines, metric=options.metric), "num_questions": len(lines)}
     text = json.dumps(scores, indent=1)
     if options.out:
-        _write(lines, text, options.out)
+        (options.out / "scores.json").write_text(text + "\n")
     print(text)
 
 
-def _write(lines: Sequence[Line], scores: str, out: Path) -> None:
+def _check_answers(lines: Sequence[Line]) -> None:
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line.get(ANSWER), str):
+            raise UserError(f"line {number} has no {ANSWER}: give a --bundle that answers")
+
+
+def _check_references(lines: Sequence[Line]) -> None:
+    for number, line in enumerate(lines, 1):
+        if len(line[REFERENCES]) == 1:
+            raise UserError(
+                f"line {number} has one of the {REFERENCES}, of which VQA accuracy wants ten: no "
+                "answer could agree with another; use --metric exact"
+            )
+
+
+def _write_answers(lines: Sequence[Line], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     answered = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (out / "answers.jsonl").write_text(answered, "utf-8")
-    (out / "scores.json").write_text(scores + "\n")
     if all(QUESTION_ID in line for line in lines):
         submitted = [{name: line[name] for name in (QUESTION_ID, ANSWER)} for line in lines]
         (out / "submission.json").write_text(json.dumps(submitted, ensure_ascii=False), "utf-8")

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import ray
 from jaxtyping import UInt8
 from PIL import Image
+from pydantic import BaseModel
 from ray.data import ActorPoolStrategy, DataContext
 
 from udiff.generate import Generator, Output
@@ -31,16 +32,24 @@ class Generated:
         return np.stack([output for output in self.outputs if not isinstance(output, str)])
 
 
+OpenRequest = Callable[[Mapping[str, Any], type[BaseModel]], Mapping[str, Any]]
+"""Reads what a request of a kind names by files."""
+
+
 class _Generate:
     """One generator per actor."""
 
-    def __init__(self, bundle: str, task: str | None) -> None:
+    def __init__(self, bundle: str, task: str | None, open_request: OpenRequest | None) -> None:
         self._generator = Generator(bundle)
         self._task = task
+        self._open = open_request
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         started = time.time()
         requests = json.loads(batch["requests"][0])
+        if self._open is not None:
+            kind = self._generator.find_task(self._task).request
+            requests = [self._open(request, kind) for request in requests]
         outputs = [_pack(each) for each in self._generator.generate(requests, task=self._task)]
         times = {"started": [started], "ended": [time.time()]}
         return {"index": batch["index"], "outputs": [outputs], **times}
@@ -54,6 +63,7 @@ def generate(
     task: str | None = None,
     gpus: float = 0,
     batch_size: int = 64,
+    open_request: OpenRequest | None = None,
 ) -> Generated:
     """Answer each request, with one generator in each of `workers` actors.
 
@@ -64,6 +74,8 @@ def generate(
         task: the family's first where left open.
         gpus: of each worker.
         batch_size: requests that are sampled side by side.
+        open_request: what an actor makes of a request first; so that many pictures are never held
+            at once, but read where and when they are needed.
     """
     # Arrow would give every request the keys of all others.
     batches = [
@@ -76,7 +88,7 @@ def generate(
         ray.data.from_items(batches, override_num_blocks=len(batches))
         .map_batches(
             _Generate,
-            fn_constructor_args=(bundle, task),
+            fn_constructor_args=(bundle, task, open_request),
             batch_size=1,
             compute=ActorPoolStrategy(size=min(workers, len(batches))),
             num_cpus=1,

@@ -17,7 +17,11 @@ from jobs.questions import main
 from pipelines.rows import Refusal
 from pipelines.source import open_source
 from pipelines.stages.converse import SHORT_ANSWER, take_conversation
+from tests.made import WORDS, save_autoencoder, save_random_bundle, save_t5
 from udiff.data.storage import open_folder
+from udiff.recipe import load_recipe
+
+VOCABULARY = len(WORDS) + 4
 
 ANSWERS = [{"answer": "red", "answer_id": number} for number in range(1, 11)]
 COCO = {
@@ -189,6 +193,39 @@ def test_the_lines_are_rated_and_submitted(tmp_path, capsys):
     ]  # fmt: skip
     assert evaluate(start) == 2
     assert "use --metric exact" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_model_answers_the_questions_of_a_benchmark(tmp_path, capsys):
+    """Over Ray; the actors read the pictures, and the model's autoencoder is a bundle."""
+    file = _write(tmp_path / "val_all.json", GQA)
+    _list(tmp_path, "gqa", "--input", file)
+    save_t5(tmp_path / "t5")
+    save_autoencoder(tmp_path / "vae")
+    overrides = [
+        f"network={{depth: 1, num_heads: 2, head_dim: 8, text_dim: 24, vocab_size: {VOCABULARY}}}",
+        f"text={{max_tokens: 24, mask_id: {VOCABULARY - 1}}}",
+        f"autoencoder.path={tmp_path / 'vae'}",
+        f"text_encoder.path={tmp_path / 't5'}",
+    ]
+    recipe = load_recipe("dual_diffusion/debug", overrides)
+    save_random_bundle(tmp_path / "bundle", recipe, seed=1)
+    pictures, out = tmp_path / "pictures", tmp_path / "rated"
+    start = [
+        "--bundle", str(tmp_path / "bundle"), "--questions", str(tmp_path / "out.jsonl"),
+        "--pictures", str(pictures), "--metric", "exact", "--out", str(out),
+    ]  # fmt: skip
+    assert evaluate(start) == 2
+    assert "line 1: " in capsys.readouterr().err  # no such picture: nothing is begun
+    (pictures / "images").mkdir(parents=True)
+    for name in ("n1", "n2"):
+        (pictures / "images" / f"{name}.jpg").write_bytes(_picture(1))
+    assert evaluate(start) == 0
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [line["question_id"] for line in lines] == ["10", "20"]
+    assert all(isinstance(line["answer"], str) for line in lines)
+    assert json.loads((out / "scores.json").read_text())["num_questions"] == 2
 
 
 def test_questions_whose_answers_are_kept_back_are_answered_alone(tmp_path, capsys):
