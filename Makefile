@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
+# Each of a job's processes imports torch and Ray: compiled once, whatever the machine's setting.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test long check fix golden bench

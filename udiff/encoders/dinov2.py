@@ -1,17 +1,19 @@
 """DINOv2 (arXiv 2304.07193) as REPA uses it: patch tokens of a frozen transformer, by timm."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm import create_model
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from udiff.weights import hash_module
+
+if TYPE_CHECKING:
+    from timm.models import VisionTransformer
 
 DEFAULT_MODEL = "vit_base_patch14_dinov2.lvd142m"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -20,7 +22,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class DINOv2(nn.Module):
     """Encode pictures to their patch tokens, after the final norm and without the class token."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: "VisionTransformer") -> None:
         """Wrap a vision transformer of timm that was made with `dynamic_img_size=True`."""
         super().__init__()
         self.model = model.eval().requires_grad_(False)
@@ -74,7 +76,10 @@ def load_dinov2(name: str = DEFAULT_MODEL) -> DINOv2:
         ) from error
 
 
-def _create(name: str, *, pretrained: bool) -> VisionTransformer:
+def _create(name: str, *, pretrained: bool) -> "VisionTransformer":
+    from timm import create_model
+    from timm.models import VisionTransformer
+
     model = create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
     if not isinstance(model, VisionTransformer):
         raise RuntimeError(f"{name} is not a vision transformer")

@@ -5,16 +5,17 @@ Both are vision transformers of timm. The released autoencoders were trained wit
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
-from timm import create_model
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from udiff.weights import load_strictly, read_checkpoint, strip_prefix
+
+if TYPE_CHECKING:
+    from timm.models import VisionTransformer
 
 FoundationName = Literal["dinov2", "mae"]
 TIMM_NAMES: dict[FoundationName, str] = {
@@ -31,7 +32,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class FoundationModel(nn.Module):
     """Pixels in [-1, 1] -> features after the final norm, one per 16 x 16 pixels."""
 
-    def __init__(self, model: VisionTransformer, *, normalize: bool = False) -> None:
+    def __init__(self, model: "VisionTransformer", *, normalize: bool = False) -> None:
         """Wrap a transformer of timm that was made with `dynamic_img_size=True`."""
         super().__init__()
         self.model = model.eval().requires_grad_(False)
@@ -90,8 +91,11 @@ def load_foundation(
     return FoundationModel(model, normalize=normalize)
 
 
-def make_foundation(timm_name: str, *, pretrained: bool = False) -> VisionTransformer:
+def make_foundation(timm_name: str, *, pretrained: bool = False) -> "VisionTransformer":
     """Make a vision transformer that takes pictures of any size."""
+    from timm import create_model
+    from timm.models import VisionTransformer
+
     model = create_model(timm_name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"timm's {timm_name} is no vision transformer")
