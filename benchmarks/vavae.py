@@ -2,7 +2,7 @@
 
     python -m benchmarks.vavae --picture docs/vavae.png
 
-Trains `vavae/debug` as it is (4,000 crops of 32 pixels of eighty photographs) in this process, and
+Trains `vavae/debug` as it is (2,000 crops of 32 pixels of eighty photographs) in this process, and
 judges it on 200 crops of twenty others, against its random start. About two minutes on 2 CPU cores.
 """
 
