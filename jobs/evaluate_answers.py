@@ -27,7 +27,9 @@ from jobs.cluster import connect
 from jobs.console import UserError, make_parser, run_job
 from jobs.sample import open_pictures
 from pipelines.generate import generate
+from pipelines.json_lines import read_json_lines
 from udiff.bundle import load_bundle
+from udiff.data.storage import open_folder
 from udiff.evaluation.answers import is_exact, number_answers, vqa_accuracy
 from udiff.evaluation.captions import rate_captions
 
@@ -81,14 +83,11 @@ def read_lines(file: Path, *, metric: str = "vqa") -> list[Line]:
     """Read questions with their references, which all metrics need but `none`.
 
     Raises:
-        UserError: a line is no JSON object, or has no references.
+        ValueError: a line is no JSON object.
+        UserError: a line has no references, or there is none.
     """
     lines = []
-    # Not `splitlines`: texts may hold what it takes for an end of a line.
-    for number, text in enumerate(file.read_text("utf-8").split("\n"), 1):
-        if not text.strip():
-            continue
-        line = _parse(text, f"{file} line {number}")
+    for number, line in read_json_lines(file):
         references = line.get(REFERENCES)
         is_list = isinstance(references, list) and all(isinstance(r, str) for r in references)
         if metric != "none" and not (references and is_list):
@@ -97,16 +96,6 @@ def read_lines(file: Path, *, metric: str = "vqa") -> list[Line]:
     if not lines:
         raise UserError(f"{file} holds no questions")
     return lines
-
-
-def _parse(text: str, place: str) -> Line:
-    try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{place} is no JSON: {error}") from None
-    if not isinstance(line, dict):
-        raise UserError(f"{place} is no JSON object, but a {type(line).__name__}")
-    return line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,7 +124,7 @@ def _run(options: argparse.Namespace) -> None:
     scores = {**rate(lines, metric=options.metric), "num_questions": len(lines)}
     text = json.dumps(scores, indent=1)
     if options.out:
-        (options.out / "scores.json").write_text(text + "\n")
+        open_folder(options.out).write("scores.json", f"{text}\n".encode())
     print(text)
 
 
@@ -155,12 +144,12 @@ def _check_references(lines: Sequence[Line]) -> None:
 
 
 def _write_answers(lines: Sequence[Line], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+    folder = open_folder(out)
     answered = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (out / "answers.jsonl").write_text(answered, "utf-8")
+    folder.write("answers.jsonl", answered.encode())
     if all(QUESTION_ID in line for line in lines):
         submitted = [{name: line[name] for name in (QUESTION_ID, ANSWER)} for line in lines]
-        (out / "submission.json").write_text(json.dumps(submitted, ensure_ascii=False), "utf-8")
+        folder.write("submission.json", json.dumps(submitted, ensure_ascii=False).encode())
 
 
 def _parser() -> argparse.ArgumentParser:

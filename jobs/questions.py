@@ -27,6 +27,7 @@ import numpy as np
 
 from jobs.console import UserError, make_parser, run_job
 from pipelines.questions import Benchmark, Question, read_questions, read_table
+from udiff.data.storage import open_folder
 
 
 def choose(questions: list[Question], *, num: int, seed: int) -> list[Question]:
@@ -44,11 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     questions = list(_read(options))
     if options.num is not None:
+        if options.num < 1:
+            raise UserError(f"--num must be at least 1, got {options.num}")
         questions = choose(questions, num=options.num, seed=options.seed)
     if not questions:
         raise UserError(f"{options.input} holds no questions")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("".join(each.model_dump_json() + "\n" for each in questions), "utf-8")
+    lines = "".join(each.model_dump_json() + "\n" for each in questions)
+    open_folder(options.out.absolute().parent).write(options.out.name, lines.encode())
     answered = sum(bool(each.references) for each in questions)
     print(f"wrote {options.out}: {len(questions)} questions, {answered} of them with answers")
 
@@ -58,6 +61,8 @@ def _read(options: argparse.Namespace) -> Iterator[Question]:
         return read_questions(options.benchmark, options.input, annotations=options.annotations)
     if options.pictures is None:
         raise UserError("--pictures names the folder that a table's pictures are written to")
+    if options.benchmark != "vqav2" or options.annotations is not None:
+        raise UserError("parquet files are those of vqav2, which hold their answers themselves")
     return read_table(options.input, pictures=options.pictures)
 
 

@@ -11,7 +11,7 @@ with `outputs.jsonl` and a PNG for each picture.
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from jobs.cluster import connect
 from jobs.console import UserError, make_parser, run_job
 from jobs.picture_grid import draw_grid
 from pipelines.generate import Generated, generate
+from pipelines.json_lines import read_json_lines
 from udiff.bundle import load_bundle
+from udiff.data.storage import open_folder
 from udiff.requests import picture_fields, record_fields
 from udiff.system import FamilyRecipe, System, Task
 
@@ -74,14 +76,13 @@ def read_requests(file: Path, task: Task) -> list[dict[str, Any]]:
     """Read requests, one a line, and the pictures that they name (relative to the file).
 
     Raises:
-        UserError: a line is no request of the task, or a picture is missing.
+        ValueError: a line is no JSON object.
+        UserError: it is no request of the task, or a picture is missing.
     """
     requests = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in read_json_lines(file):
         try:
-            request = open_pictures(json.loads(line), task.request, file.parent)
+            request = open_pictures(line, task.request, file.parent)
             task.request.model_validate(request)
         except (ValueError, OSError) as error:
             raise UserError(f"{file} line {number}: {error}") from None
@@ -146,16 +147,15 @@ def _find_task(system: System, name: str | None) -> Task:
 
 def _write_outputs(out: Path, file: Path, generated: Generated) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    asked: Sequence[str] = [line for line in file.read_text().splitlines() if line.strip()]
-    lines = []
-    for number, (line, output) in enumerate(zip(asked, generated.outputs, strict=True)):
+    asked, lines = [line.value for line in read_json_lines(file)], []
+    for number, (request, output) in enumerate(zip(asked, generated.outputs, strict=True)):
         if isinstance(output, str):
             answer = {"text": output}
         else:
             answer = {"file": f"{number:05d}.png"}
             Image.fromarray(output).save(out / answer["file"])
-        lines.append(json.dumps({"request": json.loads(line), **answer}, ensure_ascii=False))
-    (out / OUTPUTS).write_text("\n".join(lines) + "\n")
+        lines.append(json.dumps({"request": request, **answer}, ensure_ascii=False))
+    open_folder(out).write(OUTPUTS, ("\n".join(lines) + "\n").encode())
 
 
 def main(arguments: list[str] | None = None) -> int:

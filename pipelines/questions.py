@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pipelines.stages.converse import SHORT_ANSWER
+from udiff.data.storage import open_folder
 
 Benchmark = Literal["vqav2", "okvqa", "vizwiz", "textvqa", "gqa"]
 T = TypeVar("T")
@@ -165,20 +166,23 @@ def read_table(file: Path, *, pictures: Path) -> Iterator[Question]:
     (records with an `answer`), which may be null. The pictures are written to a folder, each once.
 
     Raises:
-        ValueError: a column is missing, or a row has no picture.
+        ValueError: a column is missing, or a row has no picture or no name for it.
     """
     table = pq.ParquetFile(file)
     if missing := {"image", "question", "question_id"} - set(table.schema_arrow.names):
         raise ValueError(f"{file} has no column {', '.join(sorted(missing))}")
-    pictures.mkdir(parents=True, exist_ok=True)
+    folder = open_folder(pictures)
     for batch in table.iter_batches(64):
         for row in batch.to_pylist():
             content = (row["image"] or {}).get("bytes")
             if not content:
                 raise ValueError(f"{file}: question {row['question_id']} has no picture")
-            name = f"{row.get('image_id', row['question_id'])}.jpg"
-            if not (pictures / name).exists():
-                (pictures / name).write_bytes(content)
+            number = str(row.get("image_id", row["question_id"]))
+            if not number.replace("_", "").replace("-", "").isalnum():  # it names a file
+                raise ValueError(f"{file}: image_id {number!r} is no number and no word")
+            name = f"{number}.jpg"
+            if not folder.exists(name):
+                folder.write(name, content)
             yield Question(
                 question_id=row["question_id"],
                 image=name,

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TextIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.json_lines import parse_json_lines
 from pipelines.shards import fingerprint_file
 from udiff.data.manifest import INDEX, to_json
 from udiff.data.storage import Folder, open_file_or_folder
@@ -175,7 +176,10 @@ def _tables(folder: Folder, name: str) -> Iterator[pa.Table]:
                 yield pa.Table.from_batches([batch])
             return
         lines = _lines(cast(BinaryIO, file), zipped=name.endswith(".gz"))
-        rows = _delimited(lines, kind) if kind in ("csv", "tsv", "txt") else _json_lines(lines)
+        if kind in ("csv", "tsv", "txt"):
+            rows = _delimited(lines, kind)
+        else:
+            rows = (line.value for line in parse_json_lines(lines))
         while batch_rows := list(islice(rows, _BATCH_ROWS)):
             yield _table(batch_rows)
 
@@ -202,19 +206,6 @@ def _delimited(lines: TextIO, kind: str) -> Iterator[dict[str, Any]]:
     if len(names) == 2:
         names[1 - place] = "caption"
     return (dict(zip(names, row, strict=False)) for row in chain([first], cells))
-
-
-def _json_lines(lines: TextIO) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} holds a {type(row).__name__}, not an object")
-        yield row
 
 
 def _table(rows: Batch) -> pa.Table:

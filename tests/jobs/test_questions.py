@@ -122,6 +122,18 @@ def test_pictures_of_a_table_are_written_once_each(tmp_path):
     assert main(["--benchmark", "vqav2", "--input", str(file), "--out", str(tmp_path / "o")]) == 2
 
 
+def test_a_table_cannot_write_outside_its_folder(tmp_path, capsys):
+    row = {"image": {"bytes": _picture(1)}, "question_id": "../escaped", "question": "q"}
+    file, pictures = tmp_path / "test.parquet", tmp_path / "pictures"
+    pq.write_table(pa.Table.from_pylist([row]), file)
+    options = ["--input", str(file), "--pictures", str(pictures), "--out", str(tmp_path / "out")]
+    assert main(["--benchmark", "vqav2", *options]) == 2
+    assert "image_id '../escaped'" in capsys.readouterr().err
+    assert not (tmp_path / "escaped.jpg").exists()
+    assert main(["--benchmark", "gqa", *options]) == 2
+    assert "parquet files are those of vqav2" in capsys.readouterr().err
+
+
 def test_fewer_chosen_questions_are_some_of_more(tmp_path):
     many = {f"{n:03d}": {**GQA["10"], "question": f"q{n}"} for n in range(50)}
     file = _write(tmp_path / "val_all.json", many)

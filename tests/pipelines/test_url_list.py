@@ -133,7 +133,7 @@ def test_columns_that_are_not_there_are_named(tmp_path, content, columns, messag
     ("name", "content", "message"),
     [
         ("list.jsonl", b'{"url": "a"}\n{"url"\n', "line 2 is no JSON"),
-        ("list.jsonl", b"[1]\n", "line 1 holds a list"),
+        ("list.jsonl", b"[1]\n", "line 1 is no JSON object, but a list"),
         ("list.parquet", b"PAR1 no", "list.parquet: "),
         ("list.csv.gz", b"no gzip", "list.csv.gz: "),
     ],
